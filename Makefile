@@ -1,0 +1,45 @@
+# `make demo` and `make test` do their own set-up; see README.md.
+PYTHON ?= python3
+VENV := .venv/bin
+# Nothing here downloads a model: the built-in one is made on the spot.
+export HF_HUB_OFFLINE ?= 1
+export VLLM_NO_USAGE_STATS ?= 1
+
+.PHONY: help setup demo test test-fast lint format clean
+
+help:
+	@echo "make demo        set up, build the built-in model, serve it with magicpig, ask it questions"
+	@echo "make demo MODEL=name-or-path   the same with any Hugging Face model"
+	@echo "make test        set up, run every test (about 15 minutes on two cores)"
+	@echo "make test-fast   without the tests that start a vLLM engine"
+	@echo "make lint        ruff, mypy and clang-format"
+	@echo "make setup       .venv with vLLM, this package and its tools"
+
+setup:
+	@$(PYTHON) scripts/setup_env.py
+
+# A model by name has to come from the hub.
+demo: setup
+	$(if $(MODEL),HF_HUB_OFFLINE=0) $(VENV)/python examples/demo.py $(if $(MODEL),--model "$(MODEL)")
+
+# The console script, not `python -m pytest`: that would put the repository root on sys.path, and
+# vLLM would take the folder triton_kernels/ for OpenAI's package of that name.
+test: setup
+	$(VENV)/pytest -q $(PYTEST_ARGS)
+
+test-fast: setup
+	$(VENV)/pytest -q -m "not e2e" $(PYTEST_ARGS)
+
+lint: setup
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+	$(VENV)/mypy
+	$(VENV)/clang-format --dry-run --Werror cpu_kernels/*
+
+format: setup
+	$(VENV)/ruff check --fix .
+	$(VENV)/ruff format .
+	$(VENV)/clang-format -i cpu_kernels/*
+
+clean:
+	rm -rf .venv build .models .logs *.egg-info vllm_magicpig/*.so

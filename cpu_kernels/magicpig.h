@@ -1,0 +1,295 @@
+// MagicPIG on the CPU: host pages, LSH index and sampled decode attention.
+//
+// The C++ API: pointers and sizes, no Python and no torch. Callers have checked their input
+// (bindings.cpp does); nothing here checks it again. Source of the method: arXiv 2410.16179, and in
+// the same words vllm_magicpig/reference.py.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+namespace magicpig {
+
+// ---------------------------------------------------------------- instruction sets (dispatch.cpp)
+
+enum class Isa { portable, avx2, avx512 };
+
+const char* isa_name(Isa isa);
+/// Whether the ISA is built into this extension and runs on this CPU.
+bool isa_available(Isa isa);
+/// The fastest available one.
+Isa best_isa();
+
+// --------------------------------------------------------------------- threads (thread_pool.cpp)
+
+/// Worker threads, one pinned to each of cpus[1..]; the thread that calls run() stands in for
+/// cpus[0] and is not pinned, because it belongs to the caller. A CPU may be named more than once.
+///
+/// Create a pool after fork(): its threads do not exist in the child, where run() throws.
+class ThreadPool {
+ public:
+  /// Throws std::invalid_argument when cpus is empty or names a CPU this process may not use.
+  explicit ThreadPool(const std::vector<int>& cpus);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int num_threads() const { return num_threads_; }
+
+  using Body = std::function<void(size_t task, int thread)>;
+  /// Runs body(task, thread) for every task in [0, num_tasks) and returns when all are done; the
+  /// first exception of a task is rethrown here. Calls from several threads run one after another.
+  void run(size_t num_tasks, const Body& body);
+
+ private:
+  struct Workers;  // on the heap, so that a forked child can forget it
+
+  const int num_threads_;
+  const long owner_pid_;
+  std::unique_ptr<Workers> workers_;
+};
+
+// ------------------------------------------------------------------------------ pages (pages.cpp)
+
+enum class RowType { float32, bfloat16, float16 };
+
+/// Codes lie in tiles of this many tokens: [token / 32][L][32], so that a scan is sequential.
+constexpr int kTileTokens = 32;
+
+/// A chunk is what one kv head has in one block: rows [block_size][K | V][head_size], then codes
+/// [block_size / 32][L][32] uint16.
+struct PageLayout {
+  RowType row_type;
+  int block_size;
+  int head_size;
+  int num_tables;  // L, or 0 for pages without codes
+
+  size_t element_bytes() const { return row_type == RowType::float32 ? 4 : 2; }
+  size_t row_bytes() const { return 2 * static_cast<size_t>(head_size) * element_bytes(); }
+  size_t codes_offset() const { return static_cast<size_t>(block_size) * row_bytes(); }
+  size_t tile_codes() const { return static_cast<size_t>(num_tables) * kTileTokens; }
+  size_t chunk_bytes() const {
+    return codes_offset() + static_cast<size_t>(block_size) * static_cast<size_t>(num_tables) * 2;
+  }
+};
+
+/// Rows of a caller: `bytes + token * token_stride + head * head_stride`, strides in bytes.
+struct RowsView {
+  const uint8_t* bytes;
+  ptrdiff_t token_stride;
+  ptrdiff_t head_stride;
+};
+
+/// The host pages of one layer, in the caller's memory, and the write epoch of every block.
+class Pages {
+ public:
+  /// chunk_bytes: distance of two chunks, even and at least layout.chunk_bytes(). memory is aligned
+  /// to 2 bytes at least; nothing more is assumed anywhere.
+  Pages(uint8_t* memory, int num_blocks, int num_kv_heads, size_t chunk_bytes, PageLayout layout);
+
+  const PageLayout& layout() const { return layout_; }
+  int num_blocks() const { return num_blocks_; }
+  int num_kv_heads() const { return num_kv_heads_; }
+
+  uint8_t* chunk(int block, int kv_head) const {
+    return memory_ + (static_cast<size_t>(block) * num_kv_heads_ + kv_head) * chunk_bytes_;
+  }
+  const uint8_t* row(const int32_t* blocks, int kv_head, int token) const {
+    return chunk(blocks[token / layout_.block_size], kv_head) +
+           static_cast<size_t>(token % layout_.block_size) * layout_.row_bytes();
+  }
+  /// Codes of the tile [L][32] that holds `offset` of a block.
+  uint16_t* tile(int block, int kv_head, int offset) const {
+    return reinterpret_cast<uint16_t*>(chunk(block, kv_head) + layout_.codes_offset()) +
+           static_cast<size_t>(offset / kTileTokens) * layout_.tile_codes();
+  }
+
+  /// slots: block * block_size + offset, -1 skips, no slot twice. A write to offset 0 says that the
+  /// block has a new owner: it starts a new epoch, before any byte of the block changes.
+  void store_rows(RowsView key, RowsView value, const int64_t* slots, size_t num_tokens,
+                  ThreadPool& pool);
+  /// codes: [num_tokens][num_kv_heads][L].
+  void store_codes(const uint16_t* codes, const int64_t* slots, size_t num_tokens,
+                   ThreadPool& pool);
+  void load_codes(const int64_t* slots, size_t num_tokens, uint16_t* codes) const;
+
+  uint64_t epoch(int block) const { return epochs_[block].load(std::memory_order_acquire); }
+  /// Epochs started in all blocks together: unchanged means that nothing went stale.
+  uint64_t epochs_started() const { return epochs_started_.load(std::memory_order_acquire); }
+
+ private:
+  uint8_t* memory_;
+  int num_blocks_;
+  int num_kv_heads_;
+  size_t chunk_bytes_;
+  PageLayout layout_;
+  std::unique_ptr<std::atomic<uint64_t>[]> epochs_;
+  std::atomic<uint64_t> epochs_started_{0};
+};
+
+// ---------------------------------------------------------------------- LSH index (lsh_index.cpp)
+
+/// Sign bits to codes: projections [num_rows][L * K], codes [num_rows][L]; bit k of code l is set
+/// when projection l * K + k is > 0.
+void pack_codes(const float* projections, size_t num_rows, int num_tables, int num_bits,
+                uint16_t* codes, Isa isa, ThreadPool& pool);
+
+/// Buckets of one kv head in one segment.
+struct SegmentView {
+  const uint16_t* ids;      // [L][segment_tokens], sorted by bucket, ascending within a bucket
+  const uint16_t* offsets;  // [L][num_buckets + 2], see Segment
+  int segment_tokens;
+  int num_buckets;
+  int num_tables;
+};
+
+/// Tokens per segment at most: ids are uint16.
+constexpr int kMaxSegmentTokens = 65536;
+
+/// The sealed buckets of one aligned stretch of a request, all kv heads of the layer.
+///
+/// An offsets row holds where each bucket starts, then where the last one ends, modulo 65,536, then
+/// the bucket that holds all 65,536 tokens, if one does (kNoBucket else): its start and its end are
+/// equal modulo 65,536, like an empty bucket's.
+struct Segment {
+  struct Source {
+    int32_t block;
+    uint64_t epoch;
+  };
+  static constexpr uint16_t kNoBucket = 0xffff;
+
+  std::vector<Source> sources;
+  std::unique_ptr<uint16_t[]> storage;  // per kv head ids, then offsets
+  size_t storage_bytes = 0;
+  int segment_tokens = 0;
+  int num_buckets = 0;
+  int num_tables = 0;
+
+  size_t ids_size() const { return static_cast<size_t>(num_tables) * segment_tokens; }
+  size_t offsets_size() const { return static_cast<size_t>(num_tables) * (num_buckets + 2); }
+  SegmentView view(int kv_head) const {
+    const uint16_t* ids = storage.get() + kv_head * (ids_size() + offsets_size());
+    return {ids, ids + ids_size(), segment_tokens, num_buckets, num_tables};
+  }
+  size_t num_bytes() const { return storage_bytes + sources.capacity() * sizeof(Source); }
+};
+
+/// Block tables of a batch; row r starts at tables + r * stride.
+struct Requests {
+  const int32_t* tables;
+  ptrdiff_t stride;
+  const int32_t* seq_lens;
+  int size;
+
+  const int32_t* blocks(int request) const { return tables + request * stride; }
+};
+
+/// Sealed segments of one layer, found by the last block of their stretch and trusted only while
+/// every block they cover still has the epoch it had when they were built.
+class LshIndex {
+ public:
+  using SegmentPtr = std::shared_ptr<const Segment>;
+
+  LshIndex(const Pages& pages, int num_bits, int segment_tokens)
+      : pages_(pages), num_bits_(num_bits), segment_tokens_(segment_tokens) {}
+
+  const Pages& pages() const { return pages_; }
+  int num_bits() const { return num_bits_; }
+  int segment_tokens() const { return segment_tokens_; }
+
+  /// Frees stale segments, builds those that the requests' full stretches lack; returns how many.
+  size_t seal(const Requests& requests, ThreadPool& pool);
+  /// The valid segment of each full stretch of a request, or null.
+  std::vector<SegmentPtr> find(const int32_t* blocks, int num_tokens) const;
+  void clear();
+
+  size_t num_segments() const;
+  size_t num_bytes() const;
+  size_t segments_built() const;
+  size_t segments_dropped() const;
+
+ private:
+  bool current(const Segment& segment) const;
+  bool covers(const Segment& segment, const int32_t* blocks) const;
+  void drop_stale();
+  void build(Segment& segment, int kv_head) const;
+
+  const Pages& pages_;
+  const int num_bits_;
+  const int segment_tokens_;
+  std::mutex seal_mutex_;  // one seal at a time; lookups go on meanwhile
+  uint64_t swept_at_ = 0;
+
+  mutable std::mutex mutex_;  // guards what follows
+  std::unordered_map<int32_t, SegmentPtr> by_last_block_;
+  size_t num_bytes_ = 0;
+  size_t segments_built_ = 0;
+  size_t segments_dropped_ = 0;
+};
+
+// ------------------------------------------------------- inclusion probability (inclusion_table.cpp)
+
+/// log u over the collision probability p; inclusion_table.cpp derives the error.
+struct InclusionTable {
+  static constexpr int kIntervals = 8192;
+  /// reference.LOG_U_FLOOR.
+  static constexpr float kFloor = -80.0f;
+
+  InclusionTable(int num_bits, int num_tables, int min_matches);
+
+  int num_bits;
+  int num_tables;
+  int min_matches;
+  float power;           // min_matches * K
+  std::vector<float> g;  // [kIntervals + 1]: log u(p) - power * log p at p = i / kIntervals
+};
+
+void log_u(const InclusionTable& table, const float* cosine, size_t size, float* out, Isa isa);
+
+// --------------------------------------------------------------------------- decode (decode.cpp)
+
+/// Which tokens a query head samples: those of the middle that match in min_matches tables.
+struct SampleRule {
+  const LshIndex* index;
+  const uint16_t* query_codes;  // [num_reqs][num_q_heads][L]
+  int min_matches;
+  int sink_tokens;
+  int window_tokens;
+};
+
+/// Ascending positions, [request][query head].
+std::vector<std::vector<std::vector<int32_t>>> sample(const Requests& requests, int num_q_heads,
+                                                      const SampleRule& rule, Isa isa,
+                                                      ThreadPool& pool);
+
+struct DecodeInput {
+  const float* query;  // [num_reqs][num_q_heads][head_size]
+  int num_q_heads;
+  float scale;
+  bool sampled;  // false: all requests exactly, and the rest is unused
+  int exact_below;
+  SampleRule rule;
+  const InclusionTable* table;
+  const float* center;  // [num_kv_heads][head_size]
+};
+
+struct DecodeOutput {
+  float* out;                  // [num_reqs][num_q_heads][head_size]
+  float* lse;                  // [num_reqs][num_q_heads]
+  int32_t* sampled_rows;       // [num_reqs][num_q_heads], -1 where exact
+  uint64_t lookup_ns = 0;      // summed over threads
+  uint64_t attention_ns = 0;
+};
+
+/// One decode step. The result does not depend on the number of threads, nor on which segments
+/// exist.
+void decode_attention(const Pages& pages, const Requests& requests, const DecodeInput& input,
+                      DecodeOutput& output, Isa isa, ThreadPool& pool);
+
+}  // namespace magicpig

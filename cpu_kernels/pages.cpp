@@ -1,0 +1,86 @@
+// Host pages: where a row and a code lie, and who owns a block since when.
+#include <cstring>
+
+#include "magicpig.h"
+
+namespace magicpig {
+namespace {
+
+/// Tokens a task stores: some tens of microseconds, and two tasks rarely share a tile of codes.
+constexpr size_t kTokensPerTask = 256;
+
+size_t num_tasks(size_t num_tokens) { return (num_tokens + kTokensPerTask - 1) / kTokensPerTask; }
+
+template <class Body>
+void for_each_token(size_t num_tokens, ThreadPool& pool, const Body& body) {
+  pool.run(num_tasks(num_tokens), [&](size_t task, int) {
+    const size_t begin = task * kTokensPerTask;
+    const size_t end = begin + kTokensPerTask < num_tokens ? begin + kTokensPerTask : num_tokens;
+    for (size_t token = begin; token < end; ++token) body(token);
+  });
+}
+
+}  // namespace
+
+Pages::Pages(uint8_t* memory, int num_blocks, int num_kv_heads, size_t chunk_bytes,
+             PageLayout layout)
+    : memory_(memory),
+      num_blocks_(num_blocks),
+      num_kv_heads_(num_kv_heads),
+      chunk_bytes_(chunk_bytes),
+      layout_(layout),
+      epochs_(new std::atomic<uint64_t>[static_cast<size_t>(num_blocks)]) {
+  for (int block = 0; block < num_blocks; ++block) epochs_[block].store(0);
+}
+
+void Pages::store_rows(RowsView key, RowsView value, const int64_t* slots, size_t num_tokens,
+                       ThreadPool& pool) {
+  for (size_t token = 0; token < num_tokens; ++token) {
+    if (slots[token] < 0 || slots[token] % layout_.block_size != 0) continue;
+    epochs_[slots[token] / layout_.block_size].fetch_add(1, std::memory_order_acq_rel);
+    epochs_started_.fetch_add(1, std::memory_order_acq_rel);
+  }
+  const size_t half = layout_.row_bytes() / 2;
+  for_each_token(num_tokens, pool, [&](size_t token) {
+    if (slots[token] < 0) return;
+    const int block = static_cast<int>(slots[token] / layout_.block_size);
+    const size_t offset = static_cast<size_t>(slots[token] % layout_.block_size);
+    const ptrdiff_t position = static_cast<ptrdiff_t>(token);
+    for (int head = 0; head < num_kv_heads_; ++head) {
+      uint8_t* row = chunk(block, head) + offset * layout_.row_bytes();
+      std::memcpy(row, key.bytes + position * key.token_stride + head * key.head_stride, half);
+      std::memcpy(row + half, value.bytes + position * value.token_stride + head * value.head_stride,
+                  half);
+    }
+  });
+}
+
+void Pages::store_codes(const uint16_t* codes, const int64_t* slots, size_t num_tokens,
+                        ThreadPool& pool) {
+  const size_t tables = static_cast<size_t>(layout_.num_tables);
+  for_each_token(num_tokens, pool, [&](size_t token) {
+    if (slots[token] < 0) return;
+    const int block = static_cast<int>(slots[token] / layout_.block_size);
+    const int offset = static_cast<int>(slots[token] % layout_.block_size);
+    for (int head = 0; head < num_kv_heads_; ++head) {
+      const uint16_t* from = codes + (token * static_cast<size_t>(num_kv_heads_) + head) * tables;
+      uint16_t* to = tile(block, head, offset) + offset % kTileTokens;
+      for (size_t l = 0; l < tables; ++l) to[l * kTileTokens] = from[l];
+    }
+  });
+}
+
+void Pages::load_codes(const int64_t* slots, size_t num_tokens, uint16_t* codes) const {
+  const size_t tables = static_cast<size_t>(layout_.num_tables);
+  for (size_t token = 0; token < num_tokens; ++token) {
+    const int block = static_cast<int>(slots[token] / layout_.block_size);
+    const int offset = static_cast<int>(slots[token] % layout_.block_size);
+    for (int head = 0; head < num_kv_heads_; ++head) {
+      const uint16_t* from = tile(block, head, offset) + offset % kTileTokens;
+      uint16_t* to = codes + (token * static_cast<size_t>(num_kv_heads_) + head) * tables;
+      for (size_t l = 0; l < tables; ++l) to[l] = from[l * kTileTokens];
+    }
+  }
+}
+
+}  // namespace magicpig

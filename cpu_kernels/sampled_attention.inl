@@ -1,0 +1,393 @@
+// Lookup and attention, in the words of simd.h. Compiled once per instruction set, inside that
+// ISA's anonymous namespace: nothing here may instantiate a std:: template, whose weak copy would
+// carry this ISA's instructions into the rest of the process.
+
+inline int smaller(int a, int b) { return a < b ? a : b; }
+
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// ------------------------------------------------------------------------------------- elementary
+
+/// e^x for x <= 0, relative error below 2e-7 (Cephes expf); 0 below -87. NaN stays NaN.
+inline Vec exp_of_negative(Vec x) {
+  const Vec lowest = broadcast(-87.0f);
+  const Vec clamped = maximum(lowest, x);
+  const Vec n = round_nearest(clamped * broadcast(1.44269504f));
+  // ln 2 in two parts: n times the first is exact.
+  Vec r = multiply_add(n, broadcast(-0.693359375f), clamped);
+  r = multiply_add(n, broadcast(2.12194440e-4f), r);
+  Vec y = broadcast(1.9875691500e-4f);
+  y = multiply_add(y, r, broadcast(1.3981999507e-3f));
+  y = multiply_add(y, r, broadcast(8.3334519073e-3f));
+  y = multiply_add(y, r, broadcast(4.1665795894e-2f));
+  y = multiply_add(y, r, broadcast(1.6666665459e-1f));
+  y = multiply_add(y, r, broadcast(5.0000001201e-1f));
+  y = multiply_add(y, r * r, r) + broadcast(1.0f);
+  return select(less(x, lowest), broadcast(0.0f), y * power_of_two(n));
+}
+
+/// log x of a normal x > 0, relative error below 2e-7 (Cephes logf).
+inline Vec log_of(Vec x) {
+  Vec e;
+  const Vec m = split_exponent(x, &e) - broadcast(1.0f);
+  Vec y = broadcast(7.0376836292e-2f);
+  y = multiply_add(y, m, broadcast(-1.1514610310e-1f));
+  y = multiply_add(y, m, broadcast(1.1676998740e-1f));
+  y = multiply_add(y, m, broadcast(-1.2420140846e-1f));
+  y = multiply_add(y, m, broadcast(1.4249322787e-1f));
+  y = multiply_add(y, m, broadcast(-1.6668057665e-1f));
+  y = multiply_add(y, m, broadcast(2.0000714765e-1f));
+  y = multiply_add(y, m, broadcast(-2.4999993993e-1f));
+  y = multiply_add(y, m, broadcast(3.3333331174e-1f));
+  const Vec square = m * m;
+  y = y * m * square;
+  y = multiply_add(e, broadcast(-2.12194440e-4f), y);
+  y = multiply_add(square, broadcast(-0.5f), y);
+  return multiply_add(e, broadcast(0.693359375f), m + y);
+}
+
+/// p = 1 - acos(cosine) / pi, with acos of error 2e-8 (Abramowitz and Stegun 4.4.46). For negative
+/// cosines it is acos(-cosine) / pi, which keeps p's relative precision near 0.
+inline Vec collision_probability(Vec cosine) {
+  const Vec a = minimum(absolute(cosine), broadcast(1.0f));
+  Vec y = broadcast(-0.0012624911f);
+  y = multiply_add(y, a, broadcast(0.0066700901f));
+  y = multiply_add(y, a, broadcast(-0.0170881256f));
+  y = multiply_add(y, a, broadcast(0.0308918810f));
+  y = multiply_add(y, a, broadcast(-0.0501743046f));
+  y = multiply_add(y, a, broadcast(0.0889789874f));
+  y = multiply_add(y, a, broadcast(-0.2145988016f));
+  y = multiply_add(y, a, broadcast(1.5707963050f));
+  const Vec turn = square_root(broadcast(1.0f) - a) * y * broadcast(0.318309886f);
+  return select(less(cosine, broadcast(0.0f)), turn, broadcast(1.0f) - turn);
+}
+
+/// log u at these cosines; see inclusion_table.cpp.
+inline Vec log_inclusion(const float* g, float power, Vec cosine) {
+  const float intervals = InclusionTable::kIntervals;
+  const Vec p = collision_probability(cosine);
+  // NaN becomes 0 here: the index stays inside the table whatever the rows hold.
+  const Vec at = minimum(maximum(p * broadcast(intervals), broadcast(0.0f)), broadcast(intervals));
+  const IntVec index = truncate(minimum(at, broadcast(intervals - 1)));
+  const Vec low = gather(g, index);
+  const Vec high = gather(g + 1, index);
+  const Vec interpolated = multiply_add(at - to_float(index), high - low, low);
+  const Vec log_p = log_of(maximum(p, broadcast(1e-30f)));
+  const Vec sum = multiply_add(broadcast(power), log_p, interpolated);
+  return maximum(sum, broadcast(InclusionTable::kFloor));
+}
+
+void log_u(const InclusionTable& table, const float* cosine, size_t size, float* out) {
+  float padded[kLanes] = {};
+  for (size_t i = 0; i < size; i += kLanes) {
+    const size_t lanes = size - i < kLanes ? size - i : kLanes;
+    memcpy(padded, cosine + i, lanes * sizeof(float));
+    store(padded, log_inclusion(table.g.data(), table.power, load(padded)));
+    memcpy(out + i, padded, lanes * sizeof(float));
+  }
+}
+
+// ------------------------------------------------------------------------------------------ codes
+
+/// All signs of a row as one string of bits, then fields of K bits cut from it.
+void pack_codes(const float* projections, size_t num_rows, int num_tables, int num_bits,
+                uint16_t* codes) {
+  constexpr int kMaxSigns = 256 * 16;
+  uint8_t signs[kMaxSigns / 8 + 3];  // a field is read as 3 bytes
+  const int num_signs = num_tables * num_bits;
+  const uint32_t mask = (1u << num_bits) - 1;
+  memset(signs, 0, sizeof signs);
+  for (size_t row = 0; row < num_rows; ++row) {
+    const float* x = projections + row * static_cast<size_t>(num_signs);
+    uint16_t* out = codes + row * static_cast<size_t>(num_tables);
+    int i = 0;
+    for (; i + 8 <= num_signs; i += 8) signs[i / 8] = static_cast<uint8_t>(positive_bits_of_8(x + i));
+    if (i < num_signs) {
+      uint32_t bits = 0;
+      for (int k = i; k < num_signs; ++k) bits |= static_cast<uint32_t>(x[k] > 0) << (k - i);
+      signs[i / 8] = static_cast<uint8_t>(bits);
+    }
+    for (int l = 0, bit = 0; l < num_tables; ++l, bit += num_bits) {
+      const uint8_t* b = signs + bit / 8;
+      const uint32_t field = b[0] | static_cast<uint32_t>(b[1]) << 8 |
+                             static_cast<uint32_t>(b[2]) << 16;
+      out[l] = static_cast<uint16_t>(field >> (bit % 8) & mask);
+    }
+  }
+}
+
+// ----------------------------------------------------------------------------------------- lookup
+
+struct Run {
+  const uint16_t* ids;
+  uint32_t size;
+};
+
+/// Ids of one bucket.
+inline Run bucket(const SegmentView& s, int table, uint16_t code) {
+  const uint16_t* offsets = s.offsets + static_cast<size_t>(table) * (s.num_buckets + 2);
+  const uint32_t begin = offsets[code];
+  uint32_t size = static_cast<uint16_t>(offsets[code + 1] - begin);
+  // The last entry lies on another cache line: read it only where it can matter.
+  if (size == 0 && s.segment_tokens == kMaxSegmentTokens && offsets[s.num_buckets + 1] == code)
+    size = kMaxSegmentTokens;
+  return {s.ids + static_cast<size_t>(table) * s.segment_tokens + begin, size};
+}
+
+inline void count(Run run, uint8_t* counters) {
+  uint32_t i = 0;
+  for (; i + 4 <= run.size; i += 4) {
+    ++counters[run.ids[i]];
+    ++counters[run.ids[i + 1]];
+    ++counters[run.ids[i + 2]];
+    ++counters[run.ids[i + 3]];
+  }
+  for (; i < run.size; ++i) ++counters[run.ids[i]];
+}
+
+/// The probes of all heads form one sequence (head-major), so that prefetching never pauses: offsets
+/// kOffsetsAhead probes ahead, ids kIdsAhead ahead.
+void match_segment(const SegmentView& s, const uint16_t* query_codes, int num_heads,
+                   int min_matches, uint8_t* counters, MatchBits bits) {
+  constexpr int kIdsAhead = 16;  // a power of two: the ring of runs
+  constexpr int kOffsetsAhead = 64;
+  const int num_tables = s.num_tables;
+  const int num_probes = num_heads * num_tables;
+  const size_t offsets_stride = static_cast<size_t>(s.num_buckets) + 2;
+  Run ring[kIdsAhead] = {};
+  int offsets_table = 0, ids_table = 0, table = 0, head = 0;
+  for (int probe = -kOffsetsAhead; probe < num_probes; ++probe) {
+    const int offsets_probe = probe + kOffsetsAhead;
+    if (offsets_probe < num_probes) {
+      prefetch(s.offsets + offsets_table * offsets_stride + query_codes[offsets_probe]);
+      if (++offsets_table == num_tables) offsets_table = 0;
+    }
+    Run current = ring[probe & (kIdsAhead - 1)];
+    const int ids_probe = probe + kIdsAhead;
+    if (ids_probe >= 0 && ids_probe < num_probes) {
+      const Run ahead = bucket(s, ids_table, query_codes[ids_probe]);
+      ring[ids_probe & (kIdsAhead - 1)] = ahead;
+      // The first lines only: in a long run the hardware prefetcher takes over.
+      prefetch(ahead.ids);
+      if (ahead.size > 32) prefetch(ahead.ids + 32);
+      if (ahead.size > 0) prefetch(ahead.ids + smaller(static_cast<int>(ahead.size) - 1, 64));
+      if (++ids_table == num_tables) ids_table = 0;
+    }
+    if (probe < 0) continue;
+    count(current, counters);
+    if (++table == num_tables) {
+      uint32_t* words = bits.words + head * bits.head_stride;
+      for (int i = 0; i < s.segment_tokens; i += kTileTokens)
+        words[i / kTileTokens] = take_at_least(counters + i, min_matches);
+      table = 0;
+      ++head;
+    }
+  }
+}
+
+template <int kHeads>
+inline void match_tile(const uint16_t* tile, int num_tables, const uint16_t* query_codes,
+                       int min_matches, uint32_t* word, size_t head_stride) {
+  Tile16 counts[kHeads];
+  for (int h = 0; h < kHeads; ++h) counts[h] = zero_tile();
+  for (int l = 0; l < num_tables; ++l) {
+    const Tile16 codes = load_tile(tile + l * kTileTokens);
+    for (int h = 0; h < kHeads; ++h)
+      counts[h] = count_equal(counts[h], codes, query_codes[h * num_tables + l]);
+  }
+  for (int h = 0; h < kHeads; ++h) word[h * head_stride] = at_least(counts[h], min_matches);
+}
+
+void match_tiles(const uint16_t* tiles, int num_tiles, int num_tables, const uint16_t* query_codes,
+                 int num_heads, int min_matches, MatchBits bits) {
+  for (int i = 0; i < num_tiles; ++i) {
+    const uint16_t* tile = tiles + static_cast<size_t>(i) * num_tables * kTileTokens;
+    int head = 0;
+    const auto codes_of = [&] { return query_codes + head * num_tables; };
+    const auto word_of = [&] { return bits.words + head * bits.head_stride + i; };
+    for (; head + 4 <= num_heads; head += 4)
+      match_tile<4>(tile, num_tables, codes_of(), min_matches, word_of(), bits.head_stride);
+    if (head + 2 <= num_heads) {
+      match_tile<2>(tile, num_tables, codes_of(), min_matches, word_of(), bits.head_stride);
+      head += 2;
+    }
+    if (head < num_heads)
+      match_tile<1>(tile, num_tables, codes_of(), min_matches, word_of(), bits.head_stride);
+  }
+}
+
+// -------------------------------------------------------------------------------------- attention
+
+/// Rows per step of the online softmax: their keys and values stay in L1 between the two passes.
+constexpr int kTileRows = 32;
+/// Rows fetched ahead of the one in work.
+constexpr int kRowsAhead = 8;
+
+/// The accumulators of one pass fit the registers of every ISA.
+constexpr int kAccumulators = 8;
+
+struct Logits {
+  float dot[4][kTileRows];        // q.k, or q.(k - center) where weighted; then weights
+  float centred_norm[kTileRows];  // |k - center|^2
+};
+
+inline void prefetch_row(const uint8_t* row, size_t row_bytes) {
+  for (size_t i = 0; i < row_bytes; i += 64) prefetch(row + i);
+}
+
+/// Dot products of a tile's keys with kHeads queries; where weighted, of k - center, and its square.
+/// rows may be read up to rows_left for prefetching.
+template <class Element, int kHeads, bool kWeighted>
+inline void dot_products(const AttendArgs& args, const float* queries, const uint8_t* const* rows,
+                         int num_rows, int rows_left, bool fetch_ahead, Logits& logits) {
+  constexpr int kKinds = kWeighted ? 2 : 1;
+  constexpr int kRows = kAccumulators / (kHeads * kKinds);
+  const int head_size = args.head_size;
+  const size_t row_bytes = 2 * static_cast<size_t>(head_size) * Element::kBytes;
+  for (int r = 0; r < num_rows; r += kRows) {
+    const uint8_t* row[kRows];
+    for (int i = 0; i < kRows; ++i) {
+      row[i] = rows[smaller(r + i, num_rows - 1)];
+      if (fetch_ahead && r + i + kRowsAhead < rows_left)
+        prefetch_row(rows[r + i + kRowsAhead], row_bytes);
+    }
+    Vec sums[kAccumulators];
+    for (int i = 0; i < kAccumulators; ++i) sums[i] = broadcast(0.0f);
+    for (int d = 0; d < head_size; d += kLanes) {
+      Vec center = broadcast(0.0f);
+      if constexpr (kWeighted) center = load(args.weighting->center + d);
+      for (int i = 0; i < kRows; ++i) {
+        Vec k = load_row(Element{}, row[i] + d * Element::kBytes);
+        if constexpr (kWeighted) {
+          k = k - center;
+          sums[kRows + i] = multiply_add(k, k, sums[kRows + i]);
+        }
+        for (int h = 0; h < kHeads; ++h) {
+          const Vec q = load(queries + h * head_size + d);
+          sums[h * kRows + i] = multiply_add(k, q, sums[h * kRows + i]);
+        }
+      }
+    }
+    float totals[kAccumulators];
+    sum_lanes_of_8(sums, totals);
+    for (int h = 0; h < kHeads; ++h)
+      memcpy(logits.dot[h] + r, totals + h * kRows, kRows * sizeof(float));
+    if constexpr (kWeighted)
+      memcpy(logits.centred_norm + r, totals + kRows, kRows * sizeof(float));
+  }
+}
+
+/// Turns one head's dot products into weights exp(logit - max), moving its softmax along.
+template <bool kWeighted>
+inline void softmax_step(const AttendArgs& args, int num_rows, Logits& logits, float* dot,
+                         Softmax& softmax, float* acc) {
+  Vec largest = broadcast(softmax.max);
+  for (int i = 0; i < num_rows; i += kLanes) {
+    Vec logit = load(dot + i);
+    if constexpr (kWeighted) {
+      const Weighting& w = *args.weighting;
+      const Vec norm = broadcast(w.query_norm) * square_root(load(logits.centred_norm + i));
+      const Vec cosine = select(less(broadcast(0.0f), norm), logit / norm, broadcast(0.0f));
+      const Vec log_u_of_row = log_inclusion(w.table->g.data(), w.table->power, cosine);
+      logit = multiply_add(logit + broadcast(w.query_dot_center), broadcast(args.scale),
+                           broadcast(0.0f) - log_u_of_row);
+    } else {
+      logit = logit * broadcast(args.scale);
+    }
+    // Lanes past the end hold anything; as -inf they weigh nothing.
+    logit = select(first_lanes(num_rows - i), logit, broadcast(-__builtin_inff()));
+    store(dot + i, logit);
+    largest = maximum(logit, largest);
+  }
+  const float max = max_lane(largest);
+  if (max > softmax.max) {
+    float shrink[kLanes];
+    store(shrink, exp_of_negative(broadcast(softmax.max) - broadcast(max)));
+    softmax.max = max;
+    softmax.sum *= shrink[0];
+    for (int d = 0; d < args.head_size; d += kLanes)
+      store(acc + d, load(acc + d) * broadcast(shrink[0]));
+  }
+  Vec sum = broadcast(0.0f);
+  for (int i = 0; i < num_rows; i += kLanes) {
+    const Vec weight = exp_of_negative(load(dot + i) - broadcast(max));
+    store(dot + i, weight);
+    sum = sum + weight;
+  }
+  softmax.sum += sum_lanes(sum);
+}
+
+/// acc += weights * V over kColumns vectors at a time; what is left goes on with half as many.
+template <class Element, int kHeads, int kColumns>
+inline void accumulate_values(const uint8_t* const* rows, int num_rows, const Logits& weights,
+                              int head_size, int d, float* acc) {
+  const size_t value_offset = static_cast<size_t>(head_size) * Element::kBytes;
+  for (; d + kColumns * kLanes <= head_size; d += kColumns * kLanes) {
+    Vec sums[kHeads][kColumns];
+    for (int h = 0; h < kHeads; ++h)
+      for (int c = 0; c < kColumns; ++c) sums[h][c] = load(acc + h * head_size + d + c * kLanes);
+    for (int r = 0; r < num_rows; ++r) {
+      const uint8_t* value = rows[r] + value_offset + static_cast<size_t>(d) * Element::kBytes;
+      for (int c = 0; c < kColumns; ++c) {
+        const Vec v = load_row(Element{}, value + c * kLanes * Element::kBytes);
+        for (int h = 0; h < kHeads; ++h)
+          sums[h][c] = multiply_add(v, broadcast(weights.dot[h][r]), sums[h][c]);
+      }
+    }
+    for (int h = 0; h < kHeads; ++h)
+      for (int c = 0; c < kColumns; ++c) store(acc + h * head_size + d + c * kLanes, sums[h][c]);
+  }
+  if constexpr (kColumns > 1)
+    accumulate_values<Element, kHeads, kColumns / 2>(rows, num_rows, weights, head_size, d, acc);
+}
+
+template <class Element, int kHeads, bool kWeighted>
+inline void attend_tile(const AttendArgs& args, int head, const uint8_t* const* rows, int num_rows,
+                        int rows_left) {
+  Logits logits;
+  float* acc = args.acc + static_cast<size_t>(head) * args.head_size;
+  // The first heads bring the rows into L1; the others find them there.
+  dot_products<Element, kHeads, kWeighted>(
+      args, args.queries + static_cast<size_t>(head) * args.head_size, rows, num_rows, rows_left,
+      head == 0, logits);
+  for (int h = 0; h < kHeads; ++h)
+    softmax_step<kWeighted>(args, num_rows, logits, logits.dot[h], args.softmax[head + h],
+                            acc + h * args.head_size);
+  accumulate_values<Element, kHeads, kAccumulators / kHeads>(rows, num_rows, logits, args.head_size,
+                                                            0, acc);
+}
+
+template <class Element>
+inline void attend_rows(const AttendArgs& args) {
+  const size_t row_bytes = 2 * static_cast<size_t>(args.head_size) * Element::kBytes;
+  for (int r = 0; r < smaller(kRowsAhead, args.num_rows); ++r)
+    prefetch_row(args.rows[r], row_bytes);
+  for (int r = 0; r < args.num_rows; r += kTileRows) {
+    const uint8_t* const* rows = args.rows + r;
+    const int left = args.num_rows - r;
+    const int num_rows = smaller(kTileRows, left);
+    if (args.weighting != nullptr) {
+      attend_tile<Element, 1, true>(args, 0, rows, num_rows, left);
+      continue;
+    }
+    int head = 0;
+    for (; head + 4 <= args.num_heads; head += 4)
+      attend_tile<Element, 4, false>(args, head, rows, num_rows, left);
+    if (head + 2 <= args.num_heads) {
+      attend_tile<Element, 2, false>(args, head, rows, num_rows, left);
+      head += 2;
+    }
+    if (head < args.num_heads) attend_tile<Element, 1, false>(args, head, rows, num_rows, left);
+  }
+}
+
+void attend(const AttendArgs& args) {
+  switch (args.row_type) {
+    case RowType::float32:
+      return attend_rows<Float32>(args);
+    case RowType::bfloat16:
+      return attend_rows<BFloat16>(args);
+    case RowType::float16:
+      return attend_rows<Float16>(args);
+  }
+}

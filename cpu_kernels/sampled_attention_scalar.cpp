@@ -1,0 +1,16 @@
+// The kernels for any CPU: the slow twin of every ISA.
+#include <math.h>
+#include <string.h>
+
+#include "kernels.h"
+
+namespace magicpig::portable {
+namespace {
+#include "simd.h"
+
+#include "sampled_attention.inl"
+}  // namespace
+
+const Kernels kernels = {pack_codes, log_u, match_segment, match_tiles, attend};
+
+}  // namespace magicpig::portable

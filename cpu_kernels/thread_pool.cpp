@@ -1,0 +1,200 @@
+// Our own threads: the process already holds torch's OpenMP pool, and a step needs pinned ones that
+// wake within microseconds.
+#include <pthread.h>
+#include <sched.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <exception>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <utility>
+
+#include "magicpig.h"
+
+namespace magicpig {
+namespace {
+
+/// Workers spin this long after a job: the next layer's call usually comes within it, and waking a
+/// sleeper costs about as much.
+constexpr auto kSpin = std::chrono::microseconds(40);
+
+void pause_cpu() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+/// Spins until done() holds, at most for kSpin; returns whether it holds.
+template <class Done>
+bool spin_until(const Done& done) {
+  const auto deadline = std::chrono::steady_clock::now() + kSpin;
+  do {
+    for (int i = 0; i < 64; ++i) {
+      if (done()) return true;
+      pause_cpu();
+    }
+  } while (std::chrono::steady_clock::now() < deadline);
+  return done();
+}
+
+/// Pins the calling thread, whatever mask it inherited.
+bool pin_self(int cpu) {
+#if defined(__linux__)
+  if (cpu < 0 || cpu >= CPU_SETSIZE) return false;
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(cpu, &set);
+  return pthread_setaffinity_np(pthread_self(), sizeof set, &set) == 0;
+#else
+  return cpu >= 0;
+#endif
+}
+
+/// Throws when a CPU cannot be pinned to. A thread of its own tries them all, because the caller's
+/// mask does not say what the process may use, and must not change.
+void check_cpus(const std::vector<int>& cpus) {
+  if (cpus.empty())
+    throw std::invalid_argument("cpus is empty, but a pool needs at least one CPU; name one.");
+  const int* forbidden = nullptr;
+  std::thread([&] {
+    for (const int& cpu : cpus)
+      if (forbidden == nullptr && !pin_self(cpu)) forbidden = &cpu;
+  }).join();
+  if (forbidden != nullptr)
+    throw std::invalid_argument("CPU " + std::to_string(*forbidden) +
+                                " of cpus cannot be pinned to; name only CPUs that this process's "
+                                "cpuset allows.");
+}
+
+}  // namespace
+
+struct ThreadPool::Workers {
+  std::vector<std::thread> threads;
+  std::mutex run_mutex;
+
+  // The job. Written only while the gate is closed and empty.
+  const Body* body = nullptr;
+  size_t num_tasks = 0;
+  std::atomic<size_t> next_task{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
+
+  // Workers inside the current job, and a bit that keeps late ones out of a finished job.
+  static constexpr uint32_t kClosed = 1u << 31;
+  std::atomic<uint32_t> gate{kClosed};
+  std::atomic<uint64_t> generation{0};
+  std::atomic<bool> stopping{false};
+
+  std::mutex sleep_mutex;
+  std::condition_variable wake;
+  std::condition_variable left;
+  std::atomic<int> sleepers{0};
+
+  ~Workers() {
+    {
+      std::lock_guard<std::mutex> lock(sleep_mutex);
+      stopping.store(true);
+    }
+    wake.notify_all();
+    for (std::thread& thread : threads) thread.join();
+  }
+
+  void run(size_t tasks, const Body& task_body) {
+    std::lock_guard<std::mutex> one_at_a_time(run_mutex);
+    body = &task_body;
+    num_tasks = tasks;
+    next_task.store(0, std::memory_order_relaxed);
+    failed.store(false, std::memory_order_relaxed);
+    error = nullptr;
+    gate.store(0);
+    // Sequentially consistent, like the worker's `sleepers` and `generation`: one sees the other.
+    generation.fetch_add(1);
+    if (sleepers.load() > 0) {
+      { std::lock_guard<std::mutex> lock(sleep_mutex); }
+      wake.notify_all();
+    }
+
+    take_tasks(0);
+
+    gate.fetch_or(kClosed);
+    const auto empty = [this] { return gate.load() == kClosed; };
+    if (!spin_until(empty)) {
+      std::unique_lock<std::mutex> lock(sleep_mutex);
+      left.wait(lock, empty);
+    }
+    if (error) std::rethrow_exception(std::exchange(error, nullptr));
+  }
+
+  void take_tasks(int thread) {
+    for (;;) {
+      const size_t task = next_task.fetch_add(1, std::memory_order_relaxed);
+      if (task >= num_tasks) return;
+      try {
+        (*body)(task, thread);
+      } catch (...) {
+        if (!failed.exchange(true)) error = std::current_exception();
+        next_task.store(num_tasks, std::memory_order_relaxed);
+      }
+    }
+  }
+
+  void work(int thread) {
+    uint64_t seen = 0;
+    const auto called = [&] { return generation.load() != seen || stopping.load(); };
+    for (;;) {
+      if (!spin_until(called)) {
+        std::unique_lock<std::mutex> lock(sleep_mutex);
+        sleepers.fetch_add(1);
+        wake.wait(lock, called);
+        sleepers.fetch_sub(1);
+      }
+      if (stopping.load()) return;
+      seen = generation.load();
+
+      uint32_t inside = gate.load();
+      while (!(inside & kClosed) && !gate.compare_exchange_weak(inside, inside + 1)) {
+      }
+      if (inside & kClosed) continue;
+      take_tasks(thread);
+      if (gate.fetch_sub(1) == (kClosed | 1)) {
+        { std::lock_guard<std::mutex> lock(sleep_mutex); }
+        left.notify_one();
+      }
+    }
+  }
+};
+
+ThreadPool::ThreadPool(const std::vector<int>& cpus)
+    : num_threads_(static_cast<int>(cpus.size())), owner_pid_(getpid()) {
+  check_cpus(cpus);
+  workers_ = std::make_unique<Workers>();
+  for (int thread = 1; thread < num_threads_; ++thread) {
+    workers_->threads.emplace_back([workers = workers_.get(), thread, cpu = cpus[thread]] {
+      pin_self(cpu);
+      workers->work(thread);
+    });
+  }
+}
+
+ThreadPool::~ThreadPool() {
+  // The threads do not exist in a forked child, where joining them or destroying what they wait on
+  // would hang: leave it all behind.
+  if (getpid() != owner_pid_) static_cast<void>(workers_.release());
+}
+
+void ThreadPool::run(size_t num_tasks, const Body& body) {
+  if (num_threads_ == 1 || num_tasks <= 1) {
+    for (size_t task = 0; task < num_tasks; ++task) body(task, 0);
+    return;
+  }
+  if (getpid() != owner_pid_)
+    throw std::runtime_error("This thread pool was made before fork(); make one in the child.");
+  workers_->run(num_tasks, body);
+}
+
+}  // namespace magicpig

@@ -1,0 +1,9 @@
+"""Settings of every test process, made before vLLM is imported."""
+
+import os
+
+# Engines run inside the test process (tests/e2e/engines.py), so that a start costs seconds.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

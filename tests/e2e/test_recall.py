@@ -1,0 +1,200 @@
+"""Sampled decode through the engine, on the built-in model whose right answers are known.
+
+One engine per backend and setting answers everything; the tests look at what it said. Words after
+the first are scored: the first comes from the dense prefill.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from engines import engine, greedy
+from vllm import LLM
+
+from vllm_magicpig import _C
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+import recall_model
+
+CHAIN_LENGTHS = (8192, 16384)
+NUM_QUESTIONS = 30
+COUNT_LENGTH, NUM_COUNTS = 8192, 8
+LOOP_PROMPT, LOOP_TOKENS = 4200, 2000  # the third segment, 4096 to 6143, is nearly all output
+SERVE = {"max_model_len": 17_000, "max_num_batched_tokens": 4096, "dtype": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Answers:
+    chain_scores: dict[int, float]  # share of words 2 to 6 that are right, per context length
+    counts_right: int
+    loop: tuple[str, ...]
+    stats: dict[str, dict[str, Any]]  # magicpig_stats after each stage
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return recall_model.build(tmp_path_factory.mktemp("models") / "recall")
+
+
+def _say(llm: LLM, prompts: list[str], num_words: int) -> list[tuple[str, ...]]:
+    outputs = llm.generate(prompts, greedy(num_words), use_tqdm=False)
+    return [tuple(output.outputs[0].text.split()) for output in outputs]
+
+
+def _chain_score(llm: LLM, length: int) -> float:
+    """The first question alone, so that the others find the haystack in the prefix cache."""
+    haystack = recall_model.haystack(length, num_chains=NUM_QUESTIONS, seed=length)
+    questions = [haystack.question(i) for i in range(NUM_QUESTIONS)]
+    prompts = [question.prompt for question in questions]
+    said = _say(llm, prompts[:1], 6) + _say(llm, prompts[1:], 6)
+    right = [
+        word == expected
+        for words, question in zip(said, questions, strict=True)
+        for word, expected in zip(words[1:], question.answer[1:], strict=True)
+    ]
+    return sum(right) / len(right)
+
+
+def _counts_right(llm: LLM) -> int:
+    questions = [recall_model.count_prompt(COUNT_LENGTH, seed=seed) for seed in range(NUM_COUNTS)]
+    said = [_say(llm, [question.prompt], len(question.answer))[0] for question in questions]
+    return sum(
+        words[-1] == question.answer[-1] for words, question in zip(said, questions, strict=True)
+    )
+
+
+def _answer(model: Path, backend: str, stages: str, options: dict[str, Any] | None) -> Answers:
+    """stages: any of "chains", "counts" and "loop"."""
+    stats: dict[str, dict[str, Any]] = {}
+    scores: dict[int, float] = {}
+    counts, loop = 0, ()
+    with engine(model, backend, options, **SERVE) as llm:
+
+        def note(stage: str) -> None:
+            if options is not None:
+                stats[stage] = llm.collective_rpc("magicpig_stats")[0]
+
+        note("start")
+        if "chains" in stages:
+            for length in CHAIN_LENGTHS:
+                scores[length] = _chain_score(llm, length)
+                note(f"chains {length}")
+        if "counts" in stages:
+            counts = _counts_right(llm)
+            note("counts")
+        if "loop" in stages:
+            prompt = recall_model.loop_prompt(LOOP_PROMPT, seed=1).prompt
+            loop = _say(llm, [prompt], LOOP_TOKENS)[0]
+            note("loop")
+    return Answers(scores, counts, loop, stats)
+
+
+@pytest.fixture(scope="module")
+def dense(model: Path) -> Answers:
+    return _answer(model, "CPU_ATTN", "chains counts loop", None)
+
+
+class SampleSpy:
+    """Looks up, now and then during a generation, which positions the decode step sampled."""
+
+    def __init__(self, every: int) -> None:
+        self._every, self._calls = every, 0
+        self.positions: list[tuple[int, np.ndarray]] = []  # (context length, positions of all heads)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        original = _C.decode_attention
+
+        def decode_attention(pages: Any, index: Any, table: Any, query: Any, codes: Any,
+                             center: Any, block_tables: Any, seq_lens: Any, *rest: Any,
+                             **options: Any) -> Any:  # fmt: skip
+            self._calls += 1
+            if self._calls % self._every == 0 and index is not None and len(seq_lens) == 1:
+                names = ("min_matches", "sink_tokens", "window_tokens", "isa", "pool")
+                heads = _C.sample(
+                    index, codes, block_tables, seq_lens, **{n: options[n] for n in names}
+                )[0]
+                self.positions.append((int(seq_lens[0]), np.concatenate(heads)))
+            return original(pages, index, table, query, codes, center, block_tables, seq_lens,
+                            *rest, **options)  # fmt: skip
+
+        monkeypatch.setattr(_C, "decode_attention", decode_attention)
+
+
+@pytest.fixture(scope="module")
+def spy() -> SampleSpy:
+    return SampleSpy(every=25)
+
+
+@pytest.fixture(scope="module")
+def sampled(model: Path, spy: SampleSpy) -> Iterator[Answers]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        spy.install(monkeypatch)
+        yield _answer(model, "magicpig", "chains counts loop", {"K": 10, "L": 150})
+
+
+@pytest.fixture(scope="module")
+def uncentred(model: Path) -> Answers:
+    return _answer(model, "magicpig", "chains", {"K": 10, "L": 150, "center": "none"})
+
+
+@pytest.mark.parametrize("length", CHAIN_LENGTHS)
+def test_chains_are_recited_as_with_dense_attention(
+    dense: Answers, sampled: Answers, length: int
+) -> None:
+    print(f"{length} tokens: dense {dense.chain_scores[length]:.3f}, "
+          f"sampled {sampled.chain_scores[length]:.3f}")  # fmt: skip
+    assert dense.chain_scores[length] >= 0.95, "the model itself does not know the answers"
+    assert sampled.chain_scores[length] >= 0.98 * dense.chain_scores[length]
+
+
+@pytest.mark.parametrize("length", CHAIN_LENGTHS)
+def test_without_centring_recall_breaks(dense: Answers, uncentred: Answers, length: int) -> None:
+    print(f"{length} tokens: uncentred {uncentred.chain_scores[length]:.3f}")
+    assert uncentred.chain_scores[length] < 0.8 * dense.chain_scores[length]
+
+
+def test_the_most_frequent_word_is_named_as_often(dense: Answers, sampled: Answers) -> None:
+    print(f"of {NUM_COUNTS}: dense {dense.counts_right}, sampled {sampled.counts_right}")
+    assert dense.counts_right >= NUM_COUNTS - 1
+    assert sampled.counts_right >= dense.counts_right
+
+
+def test_only_a_few_rows_are_read(sampled: Answers) -> None:
+    fraction = sampled.stats[f"chains {CHAIN_LENGTHS[-1]}"]["sampled_fraction"]
+    assert 0 < fraction < 0.05
+
+
+def test_a_shared_prefix_is_indexed_once(sampled: Answers) -> None:
+    """30 questions share 8,192 tokens: 4 segments of 2,048 are built once and found 29 times."""
+    stats = sampled.stats[f"chains {CHAIN_LENGTHS[0]}"]
+    assert stats["segments_built"] == 4
+    assert stats["segments_reused"] == 4 * (NUM_QUESTIONS - 1)
+
+
+def test_generation_keeps_sampling_its_own_output(
+    dense: Answers, sampled: Answers, spy: SampleSpy
+) -> None:
+    """The index grows over generated tokens, and tokens generated early are found late."""
+    built = sampled.stats["loop"]["segments_built"] - sampled.stats["counts"]["segments_built"]
+    assert built == 3 == (LOOP_PROMPT + LOOP_TOKENS - 1) // 2048
+    # Looked at with the third segment sealed, and where those tokens still are the unsealed tail.
+    late = [positions for length, positions in spy.positions if length > LOOP_PROMPT + 1500]
+    assert any(length >= 3 * 2048 for length, _ in spy.positions)
+    early_output = range(LOOP_PROMPT, LOOP_PROMPT + 500)
+    found = sum(np.isin(positions, early_output).sum() for positions in late)
+    assert found > 0
+    # And the answer depends on them: the loud word outweighs the prompt's most frequent one only
+    # once the counting heads see how often it was generated (recall_model.Loop).
+    task = recall_model.loop_prompt(LOOP_PROMPT, seed=1)
+    rounds = {name: task.tally_rounds(a.loop) for name, a in (("dense", dense), ("ours", sampled))}
+    print(f"rounds before the answer changes: {rounds}; rows of early output found late: {found}")
+    assert len(sampled.loop) == LOOP_TOKENS
+    assert sampled.loop == task.continuation(LOOP_TOKENS, rounds["ours"])
+    assert 0 < rounds["ours"] < LOOP_TOKENS // len(task.cycle) - 10
+    assert abs(rounds["ours"] - rounds["dense"]) <= rounds["dense"] // 2

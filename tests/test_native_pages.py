@@ -1,0 +1,121 @@
+"""Rows, codes and write epochs in the pages, read back through the documented layout."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.native_helpers import Layer, pool, row_bits
+from vllm_magicpig import _C
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def rows_in_memory(layer: Layer) -> np.ndarray:
+    """[num_blocks, num_kv_heads, block_size, K | V, head_size]."""
+    element = np.float32 if layer.dtype == torch.float32 else np.uint16
+    size = layer.block_size * 2 * layer.head_size * np.dtype(element).itemsize
+    rows = np.ascontiguousarray(layer.memory[:, :, :size]).view(element)
+    return rows.reshape(*rows.shape[:2], layer.block_size, 2, layer.head_size)
+
+
+def codes_in_memory(layer: Layer) -> np.ndarray:
+    """[num_blocks, num_kv_heads, block_size / 32, L, 32]."""
+    start = layer.block_size * 2 * layer.head_size * layer.dtype.itemsize
+    stop = start + layer.block_size * layer.num_tables * 2
+    codes = np.ascontiguousarray(layer.memory[:, :, start:stop]).view(np.uint16)
+    return codes.reshape(*codes.shape[:2], layer.block_size // 32, layer.num_tables, 32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+def test_rows_and_codes_lie_where_the_layout_says(
+    dtype: torch.dtype, head_size: int, block_size: int
+) -> None:
+    layer = Layer(
+        num_blocks=5,
+        num_kv_heads=3,
+        num_tables=7,
+        head_size=head_size,
+        block_size=block_size,
+        segment_tokens=block_size,
+        dtype=dtype,
+    )
+    generator = torch.Generator().manual_seed(head_size + block_size)
+    num_tokens = 3 * block_size - 5
+    # As attention gives them: K and V are slices of one projection, so no head is contiguous.
+    qkv = torch.randn(num_tokens, 3, 3 * head_size, generator=generator).to(dtype)
+    key, value = qkv[:, :, head_size : 2 * head_size], qkv[:, :, 2 * head_size :]
+    codes = torch.randint(0, 1 << 16, (num_tokens, 3, 7), generator=generator)
+    order = torch.randperm(5 * block_size, generator=generator)[:num_tokens].numpy()
+    slots = np.where(np.arange(num_tokens) % 11 == 3, -1, order).astype(np.int64)
+    before = layer.memory.copy()
+
+    layer.pages.store_rows(row_bits(key), row_bits(value), slots, pool())
+    layer.pages.store_codes(codes.numpy().astype(np.uint16), slots, pool())
+
+    rows, stored = rows_in_memory(layer), codes_in_memory(layer)
+    written = np.zeros((5, block_size), dtype=bool)
+    for token, slot in enumerate(slots):
+        if slot < 0:
+            continue
+        block, offset = divmod(int(slot), block_size)
+        written[block, offset] = True
+        np.testing.assert_array_equal(rows[block, :, offset, 0], row_bits(key)[token])
+        np.testing.assert_array_equal(rows[block, :, offset, 1], row_bits(value)[token])
+        tile = stored[block, :, offset // 32, :, offset % 32]
+        np.testing.assert_array_equal(tile, codes[token].numpy())
+    after, layer.memory = rows_in_memory(layer), before
+    np.testing.assert_array_equal(
+        after.transpose(0, 2, 1, 3, 4)[~written],
+        rows_in_memory(layer).transpose(0, 2, 1, 3, 4)[~written],
+    )
+    some = slots[slots >= 0][::3].copy()
+    np.testing.assert_array_equal(
+        layer.pages.load_codes(some), codes.numpy()[slots >= 0][::3].astype(np.uint16)
+    )
+
+
+def test_a_chunk_holds_rows_and_codes_and_nothing_else() -> None:
+    assert _C.Pages.chunk_bytes("bfloat16", 128, 128, 150) == 128 * 2 * 128 * 2 + 128 * 150 * 2
+    assert _C.Pages.chunk_bytes("float32", 32, 16, 0) == 32 * 2 * 16 * 4
+
+
+def test_only_a_write_to_offset_0_starts_an_epoch() -> None:
+    layer = Layer(num_blocks=4)
+    rows = torch.zeros(1, 1, 16)
+
+    def write(*slots: int) -> list[int]:
+        some = rows.expand(1, len(slots), 16)
+        key = row_bits(some.transpose(0, 1))
+        layer.pages.store_rows(key, key, np.array(slots, np.int64), pool())
+        return [layer.pages.epoch(block) for block in range(4)]
+
+    assert write(1, 31, 33, 127) == [0, 0, 0, 0]
+    assert write(0, 64, 65) == [1, 0, 1, 0]
+    assert write(-1, 66) == [1, 0, 1, 0]
+    assert write(64) == [1, 0, 2, 0]
+    layer.pages.store_codes(np.zeros((1, 1, 8), np.uint16), np.array([64], np.int64), pool())
+    assert layer.pages.epoch(2) == 2
+
+
+def test_nothing_is_a_valid_amount() -> None:
+    layer = Layer(num_blocks=1)
+    none = np.zeros(0, np.int64)
+    before = layer.memory.copy()
+    rows = np.zeros((0, 1, 16), np.float32)
+    layer.pages.store_rows(rows, rows, none, pool())
+    layer.pages.store_codes(np.zeros((0, 1, 8), np.uint16), none, pool())
+    assert layer.pages.load_codes(none).shape == (0, 1, 8)
+    np.testing.assert_array_equal(layer.memory, before)
+
+
+def test_the_memory_outlives_the_array_that_named_it() -> None:
+    size = _C.Pages.chunk_bytes("float32", 32, 16, 4)
+    pages = _C.Pages(np.zeros((2, 1, size), np.uint8), "float32", 32, 16, 4)
+    index = _C.LshIndex(pages, 3, 32)
+    del pages
+    tables, lens = np.array([[0, 1]], np.int32), np.array([64], np.int32)
+    assert index.seal(tables, lens, pool()) == 2

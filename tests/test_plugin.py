@@ -1,0 +1,156 @@
+"""Registration, in fresh processes as vLLM makes them; no engine is started."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=env | environment, capture_output=True, text=True
+    )
+
+
+def output(code: str, **environment: str) -> str:
+    result = run(code, **environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_importing_the_package_loads_neither_vllm_nor_torch() -> None:
+    code = "import sys, vllm_magicpig; print(sorted({'vllm', 'torch'} & set(sys.modules)))"
+    assert output(code) == "[]"
+
+
+def test_no_top_level_triton_kernels_is_exposed() -> None:
+    """vLLM would take it for OpenAI's package of that name."""
+    code = (
+        "import importlib.util as u;"
+        "print(u.find_spec('triton_kernels'), bool(u.find_spec('vllm_magicpig.triton_kernels')))"
+    )
+    assert output(code) == "None True"
+
+
+def test_registering_twice_gives_one_member_with_the_backends_name() -> None:
+    code = (
+        "import vllm_magicpig as m; a = m.register(); b = m.register();"
+        "print(a is b, a.name, a.get_class().get_name())"
+    )
+    assert output(code).splitlines()[-1] == "True MAGICPIG MAGICPIG"
+
+
+@pytest.mark.parametrize("name", ["magicpig", "MAGICPIG", "MagicPig"])
+def test_any_case_selects_it(name: str) -> None:
+    code = (
+        "from vllm.plugins import load_general_plugins; load_general_plugins();"
+        "from vllm.config import AttentionConfig;"
+        f"print(AttentionConfig(backend={name!r}).backend.name)"
+    )
+    assert output(code).splitlines()[-1] == "MAGICPIG"
+
+
+def test_the_member_unpickles_before_plugins_are_loaded() -> None:
+    """A spawned child reads its configuration first."""
+    dump = "import pickle, vllm_magicpig as m; print(pickle.dumps(m.register()).hex())"
+    pickled = output(dump).splitlines()[-1]
+    load = f"import pickle; print(pickle.loads(bytes.fromhex({pickled!r})).name)"
+    assert output(load).splitlines()[-1] == "MAGICPIG"
+
+
+def test_where_vllm_skips_platform_plugins_the_name_is_unknown_rather_than_ignored() -> None:
+    code = (
+        "from vllm.plugins import load_general_plugins; load_general_plugins();"
+        "from vllm.config import AttentionConfig; AttentionConfig(backend='magicpig')"
+    )
+    result = run(code, VLLM_TARGET_DEVICE="cpu")
+    assert result.returncode != 0
+    assert "Unknown attention backend: 'MAGICPIG'" in result.stderr
+    assert "VLLM_TARGET_DEVICE=cpu makes vLLM skip platform plugins" in result.stderr + result.stdout
+
+
+CONFIGURE = """
+from vllm.engine.arg_utils import EngineArgs
+config = EngineArgs(model={model!r}, skip_tokenizer_init=True, **{arguments!r}).create_engine_config()
+from vllm.platforms import current_platform
+from vllm.config import set_current_vllm_config
+from vllm.v1.attention.selector import get_attn_backend
+import torch
+with set_current_vllm_config(config):
+    backend = get_attn_backend(64, torch.bfloat16, "auto", num_heads=4)
+config.instance_id = ""
+print(backend.full_cls_name(), config.parallel_config.worker_cls,
+      config.scheduler_config.disable_hybrid_kv_cache_manager, repr(config))
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from transformers import LlamaConfig
+
+    folder = tmp_path_factory.mktemp("tiny")
+    LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)  # fmt: skip
+    return str(folder)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"attention_backend": "CPU_ATTN"}])
+def test_with_another_backend_an_installed_plugin_changes_nothing(
+    tiny_model: str, arguments: dict[str, str]
+) -> None:
+    """The whole configuration, worker and backend, with the plugin loaded and with it switched off."""
+    code = CONFIGURE.format(model=tiny_model, arguments=arguments)
+    with_plugin, without = (output(code, **env) for env in ({}, {"VLLM_PLUGINS": ""}))
+    assert with_plugin.splitlines()[-1] == without.splitlines()[-1]
+    assert "CPUAttentionBackend" in without
+
+
+def test_choosing_it_changes_worker_and_backend(tiny_model: str) -> None:
+    code = CONFIGURE.format(model=tiny_model, arguments={"attention_backend": "magicpig"})
+    last = output(code).splitlines()[-1]
+    assert "MagicPigBackend" in last
+    assert "vllm_magicpig.worker.MagicPigCPUWorker True" in last
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            {"additional_config": {"magicpig": {"K": 99}}},
+            "magicpig option K is 99, but must be 0 for exact attention or 1 to 15 bits per table;",
+        ),
+        ({"kv_cache_dtype": "fp8"}, "magicpig does not support KV cache dtype fp8"),
+        ({"block_size": 16}, "magicpig does not support block size 16"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "magicpig does not support speculative decoding (ngram)",
+        ),
+    ],
+)
+def test_what_cannot_be_served_is_refused_at_start_up(
+    tiny_model: str, arguments: dict[str, object], sentence: str
+) -> None:
+    arguments = {"attention_backend": "magicpig", **arguments}
+    result = run(CONFIGURE.format(model=tiny_model, arguments=arguments))
+    assert result.returncode != 0
+    assert sentence in result.stderr
+
+
+def test_the_extension_links_neither_torch_nor_openmp_nor_cuda() -> None:
+    from vllm_magicpig import _C
+
+    assert _C.__file__ is not None
+    needed = subprocess.run(
+        ["readelf", "-d", str(Path(_C.__file__))], check=True, capture_output=True, text=True
+    ).stdout
+    libraries = [line for line in needed.splitlines() if "NEEDED" in line]
+    assert libraries
+    assert not [x for x in libraries if any(n in x for n in ("torch", "omp", "cuda", "c10"))]

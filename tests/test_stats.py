@@ -1,0 +1,45 @@
+"""Figures of the statistics line."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vllm_magicpig.stats import LayerStats, PageUse, summarise
+
+
+def test_sampled_and_exact_heads_are_counted_apart() -> None:
+    stats = LayerStats()
+    rows = np.array([[10, 30], [-1, -1]], dtype=np.int32)
+    stats.record(rows, np.array([1000, 50], dtype=np.int64))
+    summary = summarise(
+        [stats, stats],
+        [PageUse(7, 70, 5, 2, 3)] * 2,
+        dense_layers=1,
+        centers_frozen=2,
+        threads=4,
+        isa="avx2",
+    )
+    assert (summary.sampled_heads, summary.exact_heads, summary.decode_steps) == (4, 4, 1)
+    assert summary.sampled_fraction == pytest.approx(40 / 2000)
+    assert summary.sampled_rows_mean == summary.sampled_rows_p50 == 20
+    assert summary.page_tokens == 7, "every layer holds the same tokens"
+    assert (summary.page_bytes, summary.index_bytes, summary.segments_built) == (140, 10, 6)
+    assert "2.00 % of the middle" in summary.line()
+
+
+def test_percentiles_cover_recent_heads_only() -> None:
+    stats = LayerStats()
+    for value in (5, 100):
+        rows = np.full((512, 32), value, dtype=np.int32)
+        stats.record(rows, np.full(512, 1000, dtype=np.int64))
+    assert set(stats.recent_rows()) == {100}
+    assert stats.sampled_rows == 512 * 32 * 105
+
+
+def test_nothing_served_yet() -> None:
+    summary = summarise(
+        [LayerStats()], [PageUse(0, 0, 0, 0, 0)], dense_layers=0, centers_frozen=0, threads=1,
+        isa="portable",
+    )
+    assert summary.sampled_rows_p99 == summary.sampled_fraction == 0

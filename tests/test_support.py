@@ -1,0 +1,101 @@
+"""What is refused at start-up: one sentence with value, what is allowed and a remedy."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_magicpig.support import check_config, check_layer
+
+
+def config(**changes: Any) -> SimpleNamespace:
+    """A vLLM configuration that is fine but for `changes`, dotted names written with two underscores."""
+    made = SimpleNamespace(
+        model_config=SimpleNamespace(
+            use_mla=False, is_hybrid=False, is_attention_free=False, is_encoder_decoder=False
+        ),
+        cache_config=SimpleNamespace(cache_dtype="auto", block_size=128),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1
+        ),
+        speculative_config=None,
+        kv_transfer_config=None,
+    )
+    for name, value in changes.items():
+        *path, last = name.split("__")
+        target = made
+        for part in path:
+            target = getattr(target, part)
+        setattr(target, last, value)
+    return made
+
+
+LAYER: dict[str, Any] = {
+    "num_heads": 8,
+    "num_kv_heads": 2,
+    "head_size": 128,
+    "alibi_slopes": None,
+    "logits_soft_cap": None,
+    "attn_type": "decoder",
+    "kv_sharing_target_layer_name": None,
+    "extra": {},
+}
+
+
+def test_ordinary_models_pass() -> None:
+    check_config(config())
+    check_config(config(model_config=None))
+    check_layer(**LAYER)
+    check_layer(**LAYER | {"extra": {"sinks": None}})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_config__use_mla": True}, "MLA"),
+        ({"model_config__is_hybrid": True}, "Mamba"),
+        ({"model_config__is_attention_free": True}, "Mamba"),
+        ({"model_config__is_encoder_decoder": True}, "encoder-decoder"),
+        ({"cache_config__cache_dtype": "fp8_e4m3"}, "fp8_e4m3"),
+        ({"cache_config__block_size": 16}, "block size 16"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "decode 2"),
+        ({"parallel_config__prefill_context_parallel_size": 4}, "prefill 4"),
+        ({"speculative_config": SimpleNamespace(method="ngram")}, "ngram"),
+        ({"kv_transfer_config": SimpleNamespace(kv_connector="NixlConnector")}, "NixlConnector"),
+    ],
+)
+def test_refused_configurations(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        check_config(config(**change))
+    assert_sentence(str(caught.value), named)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"alibi_slopes": [0.5]}, "ALiBi"),
+        ({"logits_soft_cap": 30.0}, "30.0"),
+        ({"attn_type": "encoder_only"}, "encoder_only"),
+        ({"kv_sharing_target_layer_name": "model.layers.3"}, "model.layers.3"),
+        ({"extra": {"sinks": object()}}, "sinks"),
+        ({"extra": {"chunk_lookback": 3}}, "chunk_lookback"),
+        ({"head_size": 36}, "head size 36"),
+        ({"head_size": 512}, "head size 512"),
+        ({"num_heads": 130, "num_kv_heads": 2}, "130 query heads"),
+    ],
+)
+def test_refused_layers(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        check_layer(**LAYER | change)
+    assert_sentence(str(caught.value), named)
+
+
+def assert_sentence(text: str, named: str) -> None:
+    assert named in text
+    assert text.startswith("magicpig does not support ")
+    assert ", it supports " in text
+    assert "; " in text
+    assert text.endswith(".")
+    assert "\n" not in text

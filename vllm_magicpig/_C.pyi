@@ -1,0 +1,164 @@
+"""The native extension: pages, LSH index and decode attention on the CPU.
+
+Arrays are NumPy arrays over the caller's memory (`tensor.numpy()`, zero copies). Where rows are
+concerned, `row dtype` is float32, or uint16 holding the bits of bfloat16 or float16 values. Wrong
+dtypes, shapes, strides or ids raise ValueError in a sentence before anything is read or written.
+Every function that does work releases the GIL.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+class Isa:
+    """Instruction set of the kernels."""
+
+    portable: Isa
+    avx2: Isa
+    avx512: Isa
+    @property
+    def name(self) -> str: ...
+
+def resolve_isa(name: str) -> Isa:
+    """"auto" gives the best one that is built and that this CPU has; a name forces that one.
+
+    Raises ValueError naming the choices of this machine when a forced one is missing here.
+    """
+
+class ThreadPool:
+    """Worker threads, one pinned to each CPU of `cpus`; the calling thread stands in for the first.
+
+    An empty or failing pin (a CPU that the process may not use) raises ValueError.
+    """
+
+    def __init__(self, cpus: Sequence[int]) -> None: ...
+    @property
+    def num_threads(self) -> int: ...
+
+class Pages:
+    """The host pages of one sparse layer: rows, codes and write epochs.
+
+    memory: uint8 [num_blocks, num_kv_heads, chunk_bytes], C-contiguous, kept alive by this object.
+    A chunk holds rows [block_size][K | V][head_size] and then codes [block_size / 32][L][32] uint16.
+    row_dtype: "float32", "bfloat16" or "float16". block_size: a multiple of 32.
+    num_tables: L, or 0 for pages without codes.
+    """
+
+    def __init__(
+        self,
+        memory: npt.NDArray[np.uint8],
+        row_dtype: str,
+        block_size: int,
+        head_size: int,
+        num_tables: int,
+    ) -> None: ...
+    @staticmethod
+    def chunk_bytes(row_dtype: str, block_size: int, head_size: int, num_tables: int) -> int:
+        """Smallest chunk that holds such a page of one kv head."""
+    def store_rows(
+        self, key: npt.NDArray, value: npt.NDArray, slots: npt.NDArray[np.int64], pool: ThreadPool
+    ) -> None:
+        """Writes rows; a write to offset 0 of a block starts a new write epoch of that block.
+
+        key, value: row dtype [num_tokens, num_kv_heads, head_size], last dimension contiguous,
+        any other strides; slots: int64 [num_tokens], block * block_size + offset, -1 skips.
+        """
+    def store_codes(
+        self, codes: npt.NDArray[np.uint16], slots: npt.NDArray[np.int64], pool: ThreadPool
+    ) -> None:
+        """codes: uint16 [num_tokens, num_kv_heads, L]."""
+    def load_codes(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16]:
+        """uint16 [num_tokens, num_kv_heads, L]."""
+    def epoch(self, block: int) -> int: ...
+
+def pack_codes(
+    projections: npt.NDArray[np.float32], num_bits: int, isa: Isa, pool: ThreadPool
+) -> npt.NDArray[np.uint16]:
+    """Sign bits to codes: float32 [n, L * K] -> uint16 [n, L]; bit k of code l is x[l * K + k] > 0."""
+
+class InclusionTable:
+    """log u over the collision probability, for one (K, L, min_matches); source: reference.py."""
+
+    def __init__(self, num_bits: int, num_tables: int, min_matches: int) -> None: ...
+    def log_u(self, cosine: npt.NDArray[np.float32], isa: Isa) -> npt.NDArray[np.float32]:
+        """What the kernel uses for log u at these cosines, any 1-D length."""
+
+class LshIndex:
+    """Sealed bucket segments over the pages of one layer.
+
+    A segment covers `segment_tokens` consecutive tokens of a request (a multiple of the block
+    size, at most 65,536), aligned to that size, and is known by its (block, write epoch)s.
+    num_bits: K, with codes below 2**K.
+    """
+
+    def __init__(self, pages: Pages, num_bits: int, segment_tokens: int) -> None: ...
+    def seal(
+        self,
+        block_tables: npt.NDArray[np.int32],
+        seq_lens: npt.NDArray[np.int32],
+        pool: ThreadPool,
+    ) -> int:
+        """Builds the segments that these requests' full stretches lack; drops the stale ones.
+
+        block_tables: int32 [num_reqs, max_blocks]; seq_lens: int32 [num_reqs], tokens whose rows
+        AND codes are in the pages. Returns the number of segments built.
+        """
+    def count_sealed(self, block_table: npt.NDArray[np.int32], num_tokens: int) -> int:
+        """Segments that exist for the first num_tokens of a request; block_table: int32 [n]."""
+    def clear(self) -> None: ...
+    @property
+    def num_segments(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def segments_built(self) -> int: ...
+    @property
+    def segments_dropped(self) -> int: ...
+
+def sample(
+    index: LshIndex,
+    query_codes: npt.NDArray[np.uint16],
+    block_tables: npt.NDArray[np.int32],
+    seq_lens: npt.NDArray[np.int32],
+    *,
+    min_matches: int,
+    sink_tokens: int,
+    window_tokens: int,
+    isa: Isa,
+    pool: ThreadPool,
+) -> list[list[npt.NDArray[np.int32]]]:
+    """Ascending token positions sampled per request and query head, by the code that decode runs."""
+
+def decode_attention(
+    pages: Pages,
+    index: LshIndex | None,
+    table: InclusionTable | None,
+    query: npt.NDArray[np.float32],
+    query_codes: npt.NDArray[np.uint16] | None,
+    center: npt.NDArray[np.float32] | None,
+    block_tables: npt.NDArray[np.int32],
+    seq_lens: npt.NDArray[np.int32],
+    out: npt.NDArray[np.float32],
+    lse: npt.NDArray[np.float32],
+    *,
+    scale: float,
+    min_matches: int,
+    sink_tokens: int,
+    window_tokens: int,
+    exact_below: int,
+    isa: Isa,
+    pool: ThreadPool,
+) -> tuple[npt.NDArray[np.int32], int, int]:
+    """One decode step: attention of one query per request over its pages.
+
+    query: float32 [num_reqs, num_q_heads, head_size]; query_codes: uint16 [num_reqs, num_q_heads,
+    L]; center: float32 [num_kv_heads, head_size]; block_tables: int32 [num_reqs, max_blocks];
+    seq_lens: int32 [num_reqs], the query's own token included; out: float32 like query and
+    lse: float32 [num_reqs, num_q_heads] (natural logarithm) are written; a request of seq_len 0
+    gets zeros and -inf.
+    A request whose middle is shorter than exact_below is attended exactly; without index, table,
+    codes and center (all None) every request is.
+    Returns (rows sampled from the middle, int32 [num_reqs, num_q_heads], -1 where exact;
+    nanoseconds spent in lookup and in attention, summed over threads).
+    """

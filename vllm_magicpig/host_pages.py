@@ -1,0 +1,86 @@
+"""Host pages as torch sees them: their size, and rows copied out for dense prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vllm_magicpig import _C
+
+ROW_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_CODE_BYTES = 2  # uint16
+
+
+def content_bytes(head_size: int, itemsize: int, num_tables: int) -> int:
+    """Bytes of one token and kv head in a page: K, V and codes, padded to whole elements."""
+    codes = -(-num_tables * _CODE_BYTES // itemsize) * itemsize
+    return 2 * head_size * itemsize + codes
+
+
+class HostPages:
+    """The pages of one layer over vLLM's KV tensor of the CPU platform.
+
+    kv_cache: row dtype [num_blocks, num_kv_heads, block_size, content_bytes / itemsize], contiguous;
+    each (block, kv head) holds block_size rows of K | V, then the codes (cpu_kernels/magicpig.h).
+    """
+
+    def __init__(self, kv_cache: torch.Tensor, head_size: int, num_tables: int) -> None:
+        num_blocks, num_kv_heads, self.block_size, _ = kv_cache.shape
+        chunks = kv_cache.flatten(2)
+        row_elements = self.block_size * 2 * head_size
+        self._rows = chunks[:, :, :row_elements].unflatten(2, (self.block_size, 2 * head_size))
+        self._head_size = head_size
+        self.num_blocks, self.num_kv_heads = num_blocks, num_kv_heads
+        self.native = _C.Pages(
+            chunks.view(torch.uint8).numpy(),
+            ROW_DTYPES[kv_cache.dtype],
+            self.block_size,
+            head_size,
+            num_tables,
+        )
+
+    def store_rows(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        slots: npt.NDArray[np.int64],
+        pool: _C.ThreadPool,
+    ) -> None:
+        """key, value: [num_tokens, num_kv_heads, head_size]; slots: int64 [num_tokens], -1 skips."""
+        self.native.store_rows(_row_bits(key), _row_bits(value), slots, pool)
+
+    def gather(
+        self, block_table: npt.NDArray[np.int32], start: int, stop: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies (keys, values), each [num_kv_heads, stop - start, head_size], of a request's tokens."""
+        first = start // self.block_size
+        blocks = torch.from_numpy(block_table[first : -(-stop // self.block_size)]).long()
+        rows = self._rows.transpose(0, 1).index_select(1, blocks).flatten(1, 2)
+        rows = rows[:, start - first * self.block_size : stop - first * self.block_size]
+        return rows[..., : self._head_size], rows[..., self._head_size :]
+
+    def pieces(
+        self, block_table: npt.NDArray[np.int32], num_tokens: int, piece_tokens: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """`gather` of the first num_tokens, piece by piece, so that the copies stay bounded."""
+        for start in range(0, num_tokens, piece_tokens):
+            yield self.gather(block_table, start, min(start + piece_tokens, num_tokens))
+
+    def keys_at(self, slots: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Copies the keys in these slots: [num_slots, num_kv_heads, head_size]."""
+        index = torch.from_numpy(slots)
+        blocks = torch.div(index, self.block_size, rounding_mode="floor")
+        return self._rows[blocks, :, index % self.block_size, : self._head_size]
+
+
+def _row_bits(rows: torch.Tensor) -> npt.NDArray[np.generic]:
+    """A NumPy view of rows, 16-bit ones as uint16: NumPy has no bfloat16."""
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    if rows.dtype != torch.float32:
+        rows = rows.view(torch.uint16)
+    array: npt.NDArray[np.generic] = rows.numpy()
+    return array

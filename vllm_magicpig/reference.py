@@ -1,0 +1,184 @@
+"""MagicPIG in plain PyTorch, to be read beside the paper and used as the oracle of every test.
+
+Source: Chen et al., "MagicPIG: LSH Sampling for Efficient LLM Generation", arXiv 2410.16179,
+sections 3 and 4. Nothing here is fast and nothing here is called while serving.
+
+Symbols, as in the paper: K bits per table, L tables, `codes` the L table codes of a vector,
+p the SimHash collision probability of one bit, u the probability that a token is sampled.
+"""
+
+import math
+
+import torch
+
+LOG_U_FLOOR = -80.0
+"""log u is clamped here, so that a code collision at a cosine of -1 (u = 0) stays finite."""
+
+
+def hyperplanes(head_size: int, num_tables: int, num_bits: int, seed: int) -> torch.Tensor:
+    """Gaussian directions of all tables: float32 [head_size, num_tables * num_bits], on the CPU.
+
+    Column l * K + k is bit k of table l. The same (head_size, K, L, seed) gives the same
+    directions in every process, which prefix sharing between ranks and restarts relies on.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(head_size, num_tables * num_bits, generator=generator, dtype=torch.float32)
+
+
+def hash_codes(vectors: torch.Tensor, directions: torch.Tensor, num_bits: int) -> torch.Tensor:
+    """SimHash codes (section 4.1): the signs of `vectors @ directions`, packed per table.
+
+    vectors: float [..., head_size], keys already centred, queries as they are;
+    directions: float [head_size, L * K]. Bit k of code l is set when projection l * K + k is > 0.
+    Returns int32 [..., L], each below 2**K.
+    """
+    signs = (vectors.to(directions.dtype) @ directions > 0).unflatten(-1, (-1, num_bits))
+    weights = 2 ** torch.arange(num_bits, dtype=torch.int32)
+    return (signs * weights).sum(-1, dtype=torch.int32)
+
+
+def count_matches(query_codes: torch.Tensor, key_codes: torch.Tensor) -> torch.Tensor:
+    """Number of tables in which codes are equal.
+
+    query_codes: integer [num_q_heads, L]; key_codes: integer [num_kv_heads, num_tokens, L], where
+    query head h reads kv head h // (num_q_heads // num_kv_heads).
+    Returns int64 [num_q_heads, num_tokens].
+    """
+    group = query_codes.shape[0] // key_codes.shape[0]
+    keys = key_codes.repeat_interleave(group, dim=0)
+    return (query_codes[:, None, :] == keys).sum(-1)
+
+
+def middle(num_tokens: int, sink_tokens: int, window_tokens: int) -> range:
+    """Positions that are sampled: all but the first `sink_tokens` and last `window_tokens`."""
+    start = min(sink_tokens, num_tokens)
+    return range(start, max(start, num_tokens - window_tokens))
+
+
+def sample(
+    query_codes: torch.Tensor,
+    key_codes: torch.Tensor,
+    min_matches: int,
+    sink_tokens: int,
+    window_tokens: int,
+) -> torch.Tensor:
+    """The sample: tokens of the middle that match in at least `min_matches` tables (section 4.2).
+
+    Shapes as in `count_matches`. Returns bool [num_q_heads, num_tokens].
+    """
+    mask = count_matches(query_codes, key_codes) >= min_matches
+    positions = middle(mask.shape[1], sink_tokens, window_tokens)
+    mask[:, : positions.start] = False
+    mask[:, positions.stop :] = False
+    return mask
+
+
+def collision_probability(queries: torch.Tensor, centred_keys: torch.Tensor) -> torch.Tensor:
+    """p = 1 - angle / pi of one SimHash bit, float64 (section 4.1, equation 6).
+
+    queries: float [num_q_heads, head_size]; centred_keys: float [num_q_heads, n, head_size].
+    Returns float64 [num_q_heads, n]. A zero vector has no angle; its cosine is taken as 0.
+    """
+    q, k = queries.double(), centred_keys.double()
+    norms = q.norm(dim=-1)[:, None] * k.norm(dim=-1)
+    cosine = torch.where(norms > 0, torch.einsum("hd,hnd->hn", q, k) / norms, 0.0)
+    return 1 - torch.arccos(cosine.clamp(-1, 1)) / math.pi
+
+
+def log_inclusion_probability(
+    p: torch.Tensor, num_bits: int, num_tables: int, min_matches: int
+) -> torch.Tensor:
+    """log u with u = P[Binomial(L, p**K) >= t], float64, never below LOG_U_FLOOR.
+
+    For t = 2 this is the paper's u = 1 - (1 - p^K)^L - L p^K (1 - p^K)^(L-1) (section 4.2). That
+    closed form cancels for small p, so the tail is summed in logs, and where the tail is most of
+    the mass the other side is, so that both ends keep their relative precision.
+    """
+    x = p.double().clamp(0, 1) ** num_bits
+    log_x, log_rest = torch.log(x)[..., None], torch.log1p(-x)[..., None]
+    k = torch.arange(num_tables + 1, dtype=torch.float64)
+    log_choose = (
+        math.lgamma(num_tables + 1) - torch.lgamma(k + 1) - torch.lgamma(num_tables - k + 1)
+    )
+    # 0 * log 0 counts as 0: no success is certain at x = 0, all successes at x = 1.
+    successes = torch.where(k > 0, k * log_x, 0.0)
+    failures = torch.where(k < num_tables, (num_tables - k) * log_rest, 0.0)
+    log_pmf = log_choose + successes + failures
+    upper = torch.logsumexp(log_pmf[..., min_matches:], dim=-1)
+    lower = torch.logsumexp(log_pmf[..., :min_matches], dim=-1)
+    log_u = torch.where(lower < math.log(0.5), torch.log1p(-lower.exp()), upper)
+    return log_u.clamp(min=LOG_U_FLOOR)
+
+
+def attention_over(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor,
+    log_u: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention over the masked tokens with logits scale * q.k - log u, float64.
+
+    queries: [num_q_heads, head_size]; keys, values: [num_kv_heads, n, head_size]; mask: bool and
+    log_u: float, both [num_q_heads, n]. Returns (out [num_q_heads, head_size], lse [num_q_heads],
+    natural logarithm); a head whose mask is empty gives out 0 and lse -inf.
+    """
+    group = queries.shape[0] // keys.shape[0]
+    k = keys.double().repeat_interleave(group, dim=0)
+    v = values.double().repeat_interleave(group, dim=0)
+    logits = scale * torch.einsum("hd,hnd->hn", queries.double(), k) - log_u
+    logits = logits.masked_fill(~mask, -math.inf)
+    lse = torch.logsumexp(logits, dim=-1)
+    weights = torch.exp(logits - torch.where(lse.isfinite(), lse, 0.0)[:, None])
+    return torch.einsum("hn,hnd->hd", weights, v), lse
+
+
+def exact_attention(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one decode step over all tokens. Shapes and result as in `attention_over`."""
+    everything = torch.ones(queries.shape[0], keys.shape[1], dtype=torch.bool)
+    return attention_over(queries, keys, values, scale, everything, torch.zeros(()))
+
+
+def sampled_attention(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    sampled: torch.Tensor,
+    center: torch.Tensor,
+    num_bits: int,
+    num_tables: int,
+    min_matches: int,
+    sink_tokens: int,
+    window_tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The estimator (section 3.3, algorithm 1): sinks and window with u = 1, the sample with its u.
+
+    sampled: bool [num_q_heads, n] from `sample`; center: float [num_kv_heads, head_size], the key
+    centre. Other shapes and the result as in `attention_over`.
+    """
+    group = queries.shape[0] // keys.shape[0]
+    centred = (keys.double() - center.double()[:, None, :]).repeat_interleave(group, dim=0)
+    p = collision_probability(queries, centred)
+    log_u = log_inclusion_probability(p, num_bits, num_tables, min_matches)
+    positions = middle(keys.shape[1], sink_tokens, window_tokens)
+    exact = torch.ones(keys.shape[1], dtype=torch.bool)
+    exact[positions.start : positions.stop] = False
+    return attention_over(
+        queries, keys, values, scale, sampled | exact, torch.where(exact, 0.0, log_u)
+    )
+
+
+def merge(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the union of two disjoint sets of tokens from the two partial results.
+
+    out: [..., head_size], lse: [...]. Exact, associative and commutative; lse -inf is the empty set.
+    """
+    lse = torch.logaddexp(lse_a, lse_b)
+    safe = torch.where(lse.isfinite(), lse, 0.0)
+    return out_a * (lse_a - safe).exp()[..., None] + out_b * (lse_b - safe).exp()[..., None], lse

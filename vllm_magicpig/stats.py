@@ -1,0 +1,158 @@
+"""What the plugin measures while it serves; read by `magicpig_stats` and the periodic log line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_HISTORY = 16_384
+"""Query heads whose sample sizes a layer remembers for its percentiles: the last 512 steps of 32."""
+
+
+@dataclass
+class LayerStats:
+    """Counters of one sampled layer; times in nanoseconds, hash as wall time, lookup and attention
+    summed over the kernel's threads."""
+
+    decode_steps: int = 0
+    sampled_heads: int = 0
+    sampled_rows: int = 0
+    middle_rows: int = 0
+    exact_heads: int = 0
+    hash_ns: int = 0
+    lookup_ns: int = 0
+    attend_ns: int = 0
+    decode_ns: int = 0
+    segments_reused: int = 0
+    _rows: npt.NDArray[np.int32] = field(
+        default_factory=lambda: np.zeros(_HISTORY, dtype=np.int32), repr=False
+    )
+
+    def record(self, rows: npt.NDArray[np.int32], middles: npt.NDArray[np.int64]) -> None:
+        """rows: int32 [num_reqs, num_q_heads], -1 where exact; middles: int64 [num_reqs], tokens."""
+        sampled = rows[rows >= 0]
+        position = (self.sampled_heads + np.arange(sampled.size)) % _HISTORY
+        self._rows[position] = sampled
+        self.decode_steps += 1
+        self.sampled_heads += sampled.size
+        self.sampled_rows += int(sampled.sum())
+        self.middle_rows += int(((rows >= 0) * middles[:, None]).sum())
+        self.exact_heads += rows.size - sampled.size
+
+    def recent_rows(self) -> npt.NDArray[np.int32]:
+        return self._rows[: min(self.sampled_heads, _HISTORY)]
+
+
+@dataclass(frozen=True)
+class PageUse:
+    """What one layer holds in memory."""
+
+    tokens: int
+    page_bytes: int
+    index_bytes: int
+    segments: int
+    segments_built: int
+
+
+@dataclass(frozen=True)
+class MagicPigStats:
+    """One worker's figures over all of its sampled layers since start. Sampled rows are per query
+    head; fraction = sampled rows / rows of the middle; *_us_per_step sums over layers."""
+
+    sampled_layers: int
+    dense_layers: int
+    threads: int
+    isa: str
+    centers_frozen: int
+    page_tokens: int
+    page_bytes: int
+    index_bytes: int
+    segments: int
+    segments_built: int
+    segments_reused: int
+    decode_steps: int
+    sampled_heads: int
+    exact_heads: int
+    sampled_rows: int
+    middle_rows: int
+    sampled_rows_mean: float
+    sampled_rows_p50: float
+    sampled_rows_p99: float
+    sampled_fraction: float
+    hash_us_per_step: float
+    lookup_us_per_step: float
+    attend_us_per_step: float
+    decode_us_per_step: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def line(self) -> str:
+        return (
+            f"{self.page_tokens} tokens in {_mib(self.page_bytes)} of pages, index "
+            f"{_mib(self.index_bytes)} in {self.segments} segments ({self.segments_built} built, "
+            f"{self.segments_reused} reused); sampled rows per query head: mean "
+            f"{self.sampled_rows_mean:.0f}, p50 {self.sampled_rows_p50:.0f}, p99 "
+            f"{self.sampled_rows_p99:.0f}, {100 * self.sampled_fraction:.2f} % of the middle; per "
+            f"decode step: hash {self.hash_us_per_step:.0f} us, lookup "
+            f"{self.lookup_us_per_step:.0f} us, attend {self.attend_us_per_step:.0f} us, whole "
+            f"{self.decode_us_per_step:.0f} us over {self.decode_steps} steps"
+        )
+
+
+def summarise(
+    layers: Sequence[LayerStats],
+    pages: Sequence[PageUse],
+    *,
+    dense_layers: int,
+    centers_frozen: int,
+    threads: int,
+    isa: str,
+) -> MagicPigStats:
+    """Adds the layers up; every sampled layer sees every step, so steps are those of one layer."""
+    recent = np.concatenate([layer.recent_rows() for layer in layers] or [np.zeros(0, np.int32)])
+    heads = sum(layer.sampled_heads for layer in layers)
+    rows = sum(layer.sampled_rows for layer in layers)
+    middle = sum(layer.middle_rows for layer in layers)
+    steps = max((layer.decode_steps for layer in layers), default=0)
+
+    def us_per_step(name: str) -> float:
+        return sum(getattr(layer, name) for layer in layers) / 1e3 / max(steps, 1)
+
+    def percentile(q: float) -> float:
+        return float(np.percentile(recent, q)) if recent.size else 0.0
+
+    return MagicPigStats(
+        sampled_layers=len(layers),
+        dense_layers=dense_layers,
+        threads=threads,
+        isa=isa,
+        centers_frozen=centers_frozen,
+        page_tokens=max((use.tokens for use in pages), default=0),
+        page_bytes=sum(use.page_bytes for use in pages),
+        index_bytes=sum(use.index_bytes for use in pages),
+        segments=sum(use.segments for use in pages),
+        segments_built=sum(use.segments_built for use in pages),
+        segments_reused=sum(layer.segments_reused for layer in layers),
+        decode_steps=steps,
+        sampled_heads=heads,
+        exact_heads=sum(layer.exact_heads for layer in layers),
+        sampled_rows=rows,
+        middle_rows=middle,
+        sampled_rows_mean=rows / max(heads, 1),
+        sampled_rows_p50=percentile(50),
+        sampled_rows_p99=percentile(99),
+        sampled_fraction=rows / max(middle, 1),
+        hash_us_per_step=us_per_step("hash_ns"),
+        lookup_us_per_step=us_per_step("lookup_ns"),
+        attend_us_per_step=us_per_step("attend_ns"),
+        decode_us_per_step=us_per_step("decode_ns"),
+    )
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"

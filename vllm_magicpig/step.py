@@ -1,0 +1,79 @@
+"""What one engine step asks of the attention layers, as host arrays made once for all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A request's tokens of this step that are attended densely (prefill, also of one token)."""
+
+    request: int  # row of the block tables
+    start: int  # first token in the step's flat tensors
+    stop: int
+    context_len: int  # tokens of the request that earlier steps stored
+
+
+@dataclass(frozen=True)
+class Step(AttentionMetadata):
+    """slots: int64 [num_tokens], -1 = not stored; block_tables: int32 [num_reqs, max_blocks];
+    seq_lens: int32 [num_reqs], this step's tokens included; decode_rows: int64 [num_decodes], rows
+    of requests that decode one token; decode_tokens: int64 [num_decodes], their flat positions.
+    """
+
+    num_tokens: int
+    slots: npt.NDArray[np.int64]
+    block_tables: npt.NDArray[np.int32]
+    seq_lens: npt.NDArray[np.int32]
+    chunks: tuple[Chunk, ...]
+    decode_rows: npt.NDArray[np.int64]
+    decode_tokens: npt.NDArray[np.int64]
+
+    @property
+    def is_dummy(self) -> bool:
+        """Warm-up and profiling runs store nothing; their lengths and block tables mean nothing."""
+        return not bool((self.slots >= 0).any())
+
+
+def make_step(metadata: CommonAttentionMetadata) -> Step:
+    """Reads vLLM's metadata; on the CPU platform all of its tensors are in host memory."""
+    starts = metadata.query_start_loc_cpu.numpy()
+    num_reqs = min(metadata.num_reqs, len(starts) - 1)
+    # num_actual_tokens may be padded; the last start is what the requests really have.
+    num_tokens = min(metadata.num_actual_tokens, int(starts[num_reqs]))
+    seq_lens = _int32(metadata.seq_lens[:num_reqs])
+    query_lens = np.diff(starts[: num_reqs + 1])
+    prefilling = np.zeros(num_reqs, dtype=bool)
+    if metadata.is_prefilling is not None:
+        prefilling |= metadata.is_prefilling[:num_reqs].numpy()
+    decodes = (query_lens == 1) & ~prefilling
+    chunks = tuple(
+        Chunk(
+            request=row,
+            start=int(starts[row]),
+            stop=int(starts[row + 1]),
+            context_len=int(seq_lens[row] - query_lens[row]),
+        )
+        for row in np.flatnonzero((query_lens > 0) & ~decodes).tolist()
+    )
+    decode_rows = np.flatnonzero(decodes)
+    return Step(
+        num_tokens=num_tokens,
+        slots=metadata.slot_mapping[:num_tokens].to(torch.int64).numpy(),
+        block_tables=_int32(metadata.block_table_tensor[:num_reqs]),
+        seq_lens=seq_lens,
+        chunks=chunks,
+        decode_rows=decode_rows,
+        decode_tokens=starts[decode_rows].astype(np.int64),
+    )
+
+
+def _int32(tensor: torch.Tensor) -> npt.NDArray[np.int32]:
+    # Copied: the runner reuses its buffers for the next step while nothing here says it may not.
+    return np.array(tensor.to(torch.int32).numpy(), copy=True)

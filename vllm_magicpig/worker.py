@@ -1,0 +1,128 @@
+"""The worker: gives the layers their pages and threads, answers for statistics and centres."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_magicpig import _C
+from vllm_magicpig.backend import MagicPigImpl
+from vllm_magicpig.config import MagicPigOptions, parse_options
+from vllm_magicpig.cpus import kernel_cpus
+from vllm_magicpig.key_center import save_centers
+from vllm_magicpig.stats import MagicPigStats, summarise
+
+# vLLM configures its own loggers only, by this prefix.
+logger = init_logger("vllm.magicpig.worker")
+
+LOG_INTERVAL_S = 10.0
+
+
+class MagicPigCPUWorker(CPUWorker):  # type: ignore[misc]
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        super().initialize_from_config(kv_cache_config)
+        self._isa = _C.resolve_isa(self._options.isa)
+        self._pool = _C.ThreadPool(kernel_cpus(self._options.threads))
+        for layer, impl in self._sampled_layers():
+            impl.bind(layer.kv_cache, self._isa, self._pool)
+        self._logged_at, self._logged_steps = time.monotonic(), 0
+        logger.info(
+            "magicpig: %d layers %s, %d dense; kernels for %s on %d threads; %s",
+            len(self._sampled_layers()),
+            "exact (K = 0)" if self._options.is_exact else "sampled",
+            self._num_dense_layers(),
+            self._isa.name,
+            self._pool.num_threads,
+            self._options,
+        )
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        self._count_reuse(scheduler_output)
+        result = super().execute_model(scheduler_output)
+        now = time.monotonic()
+        if now - self._logged_at >= LOG_INTERVAL_S:
+            self._logged_at = now
+            stats = self._stats()
+            if stats.decode_steps != self._logged_steps:
+                self._logged_steps = stats.decode_steps
+                logger.info("magicpig: %s", stats.line())
+        return result
+
+    def magicpig_stats(self) -> dict[str, Any]:
+        """MagicPigStats of this rank as a dict, for collective_rpc and its HTTP route."""
+        return self._stats().to_dict()
+
+    def magicpig_save_centers(self, path: str) -> int:
+        """Writes the frozen key centres as a calibration file; returns the number of layers.
+
+        Single-rank engines only. Raises ValueError when no prompt has frozen them yet.
+        """
+        if self.parallel_config.world_size > 1:
+            raise ValueError(
+                f"key centres are saved from one rank and this engine has "
+                f"{self.parallel_config.world_size}; save them with --tensor-parallel-size 1."
+            )
+        centers = {
+            impl.layer_index: impl.center.value
+            for _, impl in self._sampled_layers()
+            if impl.center is not None and impl.center.value is not None
+        }
+        if not centers:
+            raise ValueError(
+                "no key centre is frozen yet, one needs a prompt of 512 tokens; send such a prompt."
+            )
+        save_centers(path, centers)
+        return len(centers)
+
+    @property
+    def _options(self) -> MagicPigOptions:
+        return parse_options(self.vllm_config.additional_config)
+
+    def _attention_layers(self) -> list[Any]:
+        layers = self.vllm_config.compilation_config.static_forward_context.values()
+        return [layer for layer in layers if hasattr(layer, "impl")]
+
+    def _sampled_layers(self) -> list[tuple[Any, MagicPigImpl]]:
+        return [
+            (layer, layer.impl)
+            for layer in self._attention_layers()
+            if isinstance(layer.impl, MagicPigImpl)
+        ]
+
+    def _num_dense_layers(self) -> int:
+        return len(self._attention_layers()) - len(self._sampled_layers())
+
+    def _count_reuse(self, scheduler_output: Any) -> None:
+        """New and resumed requests may start on cached blocks, whose segments then exist already."""
+        starts = [
+            (request.block_ids, request.num_computed_tokens)
+            for request in scheduler_output.scheduled_new_reqs
+        ]
+        cached = scheduler_output.scheduled_cached_reqs
+        starts += [
+            (block_ids, num_computed)
+            for req_id, block_ids, num_computed in zip(
+                cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+            )
+            if req_id in cached.resumed_req_ids
+        ]
+        for block_ids, num_computed in starts:
+            if num_computed > 0 and block_ids is not None:
+                for _, impl in self._sampled_layers():
+                    impl.count_reuse(block_ids[0], num_computed)
+
+    def _stats(self) -> MagicPigStats:
+        impls = [impl for _, impl in self._sampled_layers()]
+        return summarise(
+            [impl.stats for impl in impls],
+            [impl.page_use() for impl in impls],
+            dense_layers=self._num_dense_layers(),
+            centers_frozen=sum(
+                impl.center is not None and impl.center.value is not None for impl in impls
+            ),
+            threads=self._pool.num_threads,
+            isa=self._isa.name,
+        )
