@@ -6,7 +6,7 @@
 
 #include <algorithm>
 #include <climits>
-#include <limits>
+#include <cmath>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -35,14 +35,14 @@ int in_range(const char* name, int64_t value, int64_t low, int64_t high) {
 
 /// A number of tokens; beyond INT_MAX none is told apart.
 int token_count(const char* name, int64_t value) {
-  if (value < 0)
-    refuse(name, " is ", value, ", but is a number of tokens; pass 0 or more.");
+  if (value < 0) refuse(name, " is ", value, ", but is a number of tokens; pass 0 or more.");
   return static_cast<int>(std::min<int64_t>(value, INT_MAX));
 }
 
 void check_isa(Isa isa) {
   if (!isa_available(isa))
-    refuse("isa is ", isa_name(isa), ", which this build or this CPU lacks; use resolve_isa(\"auto\")"
+    refuse("isa is ", isa_name(isa),
+           ", which this build or this CPU lacks; use resolve_isa(\"auto\")"
            " or \"portable\".");
 }
 
@@ -63,13 +63,9 @@ std::string shape_text(const py::array& array) {
 }
 
 void check_shape(const char* name, const py::array& array, std::initializer_list<Dim> dims) {
-  bool fits = array.ndim() == static_cast<py::ssize_t>(dims.size());
-  py::ssize_t i = 0;
-  for (const Dim& dim : dims) {
-    if (!fits) break;
-    fits = dim.size < 0 || array.shape(i++) == dim.size;
-    if (dim.size < 0) ++i;
-  }
+  const bool fits =
+      std::equal(dims.begin(), dims.end(), array.shape(), array.shape() + array.ndim(),
+                 [](const Dim& dim, py::ssize_t size) { return dim.size < 0 || dim.size == size; });
   if (fits) return;
   std::ostringstream wanted;
   const char* comma = "";
@@ -78,7 +74,8 @@ void check_shape(const char* name, const py::array& array, std::initializer_list
     if (dim.size >= 0) wanted << " = " << dim.size;
     comma = ", ";
   }
-  refuse(name, " has shape ", shape_text(array), ", but [", wanted.str(), "] is needed; reshape it.");
+  refuse(name, " has shape ", shape_text(array), ", but [", wanted.str(),
+         "] is needed; reshape it.");
 }
 
 template <class T>
@@ -104,7 +101,8 @@ template <class T>
 T* output(const char* name, py::array& array, std::initializer_list<Dim> dims) {
   input<T>(name, array, dims);
   if (!array.writeable())
-    refuse(name, " of shape ", shape_text(array), " is read-only, but is written; pass a writable "
+    refuse(name, " of shape ", shape_text(array),
+           " is read-only, but is written; pass a writable "
            "array.");
   return static_cast<T*>(array.mutable_data());
 }
@@ -121,8 +119,10 @@ RowsView rows_view(const char* name, const py::array& array, const Pages& pages,
   else
     check_dtype<uint16_t>(name, array);
   if (array.size() > 0 && array.shape(2) > 1 && array.strides(2) != array.itemsize())
-    refuse(name, " has a stride of ", array.strides(2), " bytes in its last dimension, but rows must "
-           "be contiguous (", array.itemsize(), "); copy it.");
+    refuse(name, " has a stride of ", array.strides(2),
+           " bytes in its last dimension, but rows must "
+           "be contiguous (",
+           array.itemsize(), "); copy it.");
   return {static_cast<const uint8_t*>(array.data()), array.strides(0), array.strides(1)};
 }
 
@@ -146,8 +146,7 @@ Requests requests_of(const Pages& pages, const py::array& block_tables, const py
   if (block_tables.size() > 0 && (!rows_contiguous || block_tables.strides(0) % item != 0))
     refuse("block_tables has strides of ", block_tables.strides(0), " and ",
            block_tables.strides(1), " bytes, but each row must be contiguous; copy it.");
-  const int32_t* lens =
-      input<int32_t>("seq_lens", seq_lens, {{"num_reqs", block_tables.shape(0)}});
+  const int32_t* lens = input<int32_t>("seq_lens", seq_lens, {{"num_reqs", block_tables.shape(0)}});
   const Requests requests = {static_cast<const int32_t*>(block_tables.data()),
                              block_tables.strides(0) / item, lens,
                              in_range("num_reqs", block_tables.shape(0), 0, INT_MAX)};
@@ -181,14 +180,14 @@ SampleRule rule_of(const LshIndex& index, const py::array& query_codes, int64_t 
   const int64_t num_tables = index.pages().layout().num_tables;
   SampleRule rule;
   rule.index = &index;
-  rule.query_codes = input<uint16_t>(
-      "query_codes", query_codes,
-      {{"num_reqs", num_reqs}, {"num_q_heads", num_q_heads}, {"L", num_tables}});
+  rule.query_codes =
+      input<uint16_t>("query_codes", query_codes,
+                      {{"num_reqs", num_reqs}, {"num_q_heads", num_q_heads}, {"L", num_tables}});
   const uint16_t* end = rule.query_codes + query_codes.size();
   const uint16_t* largest = std::max_element(rule.query_codes, end);
   if (largest != end && *largest >> index.num_bits() != 0)
-    refuse("query_codes holds ", *largest, ", but codes of ", index.num_bits(),
-           " bits lie in 0..", (1 << index.num_bits()) - 1, "; hash with the index's K.");
+    refuse("query_codes holds ", *largest, ", but codes of ", index.num_bits(), " bits lie in 0..",
+           (1 << index.num_bits()) - 1, "; hash with the index's K.");
   rule.min_matches = in_range("min_matches", min_matches, 1, num_tables);
   rule.sink_tokens = token_count("sink_tokens", sink_tokens);
   rule.window_tokens = token_count("window_tokens", window_tokens);
@@ -208,7 +207,8 @@ Isa resolve_isa(const std::string& name) {
     if (name == isa_name(isa)) return isa;
     available += std::string(", ") + isa_name(isa);
   }
-  refuse("isa is \"", name, "\", but this build and CPU have: auto", available, "; name one of them.");
+  refuse("isa is \"", name, "\", but this build and CPU have: auto", available,
+         "; name one of them.");
 }
 
 std::unique_ptr<ThreadPool> make_pool(const std::vector<int>& cpus) {
@@ -226,13 +226,16 @@ PageLayout layout_of(const std::string& row_dtype, int64_t block_size, int64_t h
   else if (row_dtype == "float16")
     layout.row_type = RowType::float16;
   else
-    refuse("row_dtype is \"", row_dtype, "\", but must be \"float32\", \"bfloat16\" or \"float16\"; "
+    refuse("row_dtype is \"", row_dtype,
+           "\", but must be \"float32\", \"bfloat16\" or \"float16\"; "
            "set the KV cache's dtype to one of them.");
   if (block_size < kTileTokens || block_size > kMaxSegmentTokens || block_size % kTileTokens != 0)
-    refuse("block_size is ", block_size, ", but must be a multiple of 32 up to 65536; set "
+    refuse("block_size is ", block_size,
+           ", but must be a multiple of 32 up to 65536; set "
            "--block-size to one.");
   if (head_size < 16 || head_size > 256 || head_size % 8 != 0)
-    refuse("head_size is ", head_size, ", but must be a multiple of 8 in 16..256; use another "
+    refuse("head_size is ", head_size,
+           ", but must be a multiple of 8 in 16..256; use another "
            "backend for this model.");
   layout.block_size = static_cast<int>(block_size);
   layout.head_size = static_cast<int>(head_size);
@@ -251,12 +254,14 @@ struct BoundPages {
 std::shared_ptr<BoundPages> make_pages(py::array memory, const std::string& row_dtype,
                                        int64_t block_size, int64_t head_size, int64_t num_tables) {
   const PageLayout layout = layout_of(row_dtype, block_size, head_size, num_tables);
-  uint8_t* bytes = output<uint8_t>("memory", memory,
-                                   {{"num_blocks"}, {"num_kv_heads"}, {"chunk_bytes"}});
+  uint8_t* bytes =
+      output<uint8_t>("memory", memory, {{"num_blocks"}, {"num_kv_heads"}, {"chunk_bytes"}});
   const int64_t chunk_bytes = memory.shape(2);
   if (chunk_bytes < static_cast<int64_t>(layout.chunk_bytes()) || chunk_bytes % 2 != 0)
-    refuse("memory has chunks of ", chunk_bytes, " bytes, but this layout needs an even number of "
-           "at least ", layout.chunk_bytes(), "; size it with Pages.chunk_bytes.");
+    refuse("memory has chunks of ", chunk_bytes,
+           " bytes, but this layout needs an even number of "
+           "at least ",
+           layout.chunk_bytes(), "; size it with Pages.chunk_bytes.");
   if (reinterpret_cast<uintptr_t>(bytes) % 2 != 0)
     refuse("memory starts at the odd address ", static_cast<void*>(bytes),
            ", but codes are 2 bytes wide; align it.");
@@ -297,8 +302,8 @@ void store_codes(BoundPages& self, const py::array& codes, const py::array& slot
 py::array_t<uint16_t> load_codes(const BoundPages& self, const py::array& slots) {
   check_has_codes(self.pages);
   const int64_t* slot = slots_of(slots, self.pages, -1, 0);
-  py::array_t<uint16_t> codes(std::vector<py::ssize_t>{
-      slots.shape(0), self.pages.num_kv_heads(), self.pages.layout().num_tables});
+  py::array_t<uint16_t> codes(std::vector<py::ssize_t>{slots.shape(0), self.pages.num_kv_heads(),
+                                                       self.pages.layout().num_tables});
   uint16_t* code = codes.mutable_data();
   const size_t num_tokens = static_cast<size_t>(slots.shape(0));
   py::gil_scoped_release release;
@@ -430,16 +435,19 @@ py::tuple decode(const BoundPages& pages, const BoundIndex* index, const Inclusi
   const Requests requests = requests_of(pages.pages, block_tables, seq_lens);
   const int head_size = pages.pages.layout().head_size;
   DecodeInput in = {};
-  in.query = input<float>(
-      "query", query, {{"num_reqs", requests.size}, {"num_q_heads"}, {"head_size", head_size}});
+  in.query = input<float>("query", query,
+                          {{"num_reqs", requests.size}, {"num_q_heads"}, {"head_size", head_size}});
   in.num_q_heads = check_query_heads(query.shape(1), pages.pages);
+  if (!std::isfinite(scale))
+    refuse("scale is ", scale, ", but must be finite; pass the model's softmax scale.");
   in.scale = static_cast<float>(scale);
   in.exact_below = token_count("exact_below", exact_below);
 
-  const int given = (index != nullptr) + (table != nullptr) + query_codes.has_value() +
-                    center.has_value();
+  const int given =
+      (index != nullptr) + (table != nullptr) + query_codes.has_value() + center.has_value();
   if (given != 0 && given != 4)
-    refuse("Of index, table, query_codes and center, ", given, " are given, but sampling needs all "
+    refuse("Of index, table, query_codes and center, ", given,
+           " are given, but sampling needs all "
            "four and exact attention none; pass all or None.");
   in.sampled = given == 4;
   if (in.sampled) {
@@ -455,18 +463,17 @@ py::tuple decode(const BoundPages& pages, const BoundIndex* index, const Inclusi
              pages.pages.layout().num_tables, ", ", in.rule.min_matches,
              "); make an InclusionTable for it.");
     in.table = table;
-    in.center = input<float>(
-        "center", *center,
-        {{"num_kv_heads", pages.pages.num_kv_heads()}, {"head_size", head_size}});
+    in.center =
+        input<float>("center", *center,
+                     {{"num_kv_heads", pages.pages.num_kv_heads()}, {"head_size", head_size}});
   }
 
   DecodeOutput result;
-  result.out = output<float>("out", out,
-                             {{"num_reqs", requests.size},
-                              {"num_q_heads", in.num_q_heads},
-                              {"head_size", head_size}});
-  result.lse = output<float>("lse", lse,
-                             {{"num_reqs", requests.size}, {"num_q_heads", in.num_q_heads}});
+  result.out = output<float>(
+      "out", out,
+      {{"num_reqs", requests.size}, {"num_q_heads", in.num_q_heads}, {"head_size", head_size}});
+  result.lse =
+      output<float>("lse", lse, {{"num_reqs", requests.size}, {"num_q_heads", in.num_q_heads}});
   py::array_t<int32_t> rows({requests.size, in.num_q_heads});
   result.sampled_rows = rows.mutable_data();
   {
@@ -518,8 +525,9 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&make_index), arg("pages"), arg("num_bits"), arg("segment_tokens"))
       .def("seal", &seal, array("block_tables"), array("seq_lens"), arg("pool"))
       .def("count_sealed", &count_sealed, array("block_table"), arg("num_tokens"))
-      .def("clear", [](BoundIndex& self) { self.index.clear(); },
-           py::call_guard<py::gil_scoped_release>())
+      .def(
+          "clear", [](BoundIndex& self) { self.index.clear(); },
+          py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("num_segments", [](BoundIndex& b) { return b.index.num_segments(); })
       .def_property_readonly("num_bytes", [](BoundIndex& b) { return b.index.num_bytes(); })
       .def_property_readonly("segments_built",
@@ -531,11 +539,11 @@ PYBIND11_MODULE(_C, m) {
         array("seq_lens"), py::kw_only(), arg("min_matches"), arg("sink_tokens"),
         arg("window_tokens"), arg("isa"), arg("pool"));
 
-  m.def("decode_attention", &decode, arg("pages"), arg("index").none(true),
-        arg("table").none(true), array("query"), array("query_codes").none(true),
-        array("center").none(true), array("block_tables"), array("seq_lens"), array("out"),
-        array("lse"), py::kw_only(), arg("scale"), arg("min_matches"), arg("sink_tokens"),
-        arg("window_tokens"), arg("exact_below"), arg("isa"), arg("pool"));
+  m.def("decode_attention", &decode, arg("pages"), arg("index").none(true), arg("table").none(true),
+        array("query"), array("query_codes").none(true), array("center").none(true),
+        array("block_tables"), array("seq_lens"), array("out"), array("lse"), py::kw_only(),
+        arg("scale"), arg("min_matches"), arg("sink_tokens"), arg("window_tokens"),
+        arg("exact_below"), arg("isa"), arg("pool"));
 }
 
 }  // namespace magicpig

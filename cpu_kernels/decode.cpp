@@ -394,7 +394,8 @@ std::vector<std::vector<std::vector<int32_t>>> sample(const Requests& requests, 
     const Task& task = tasks[i];
     const Plan& plan = plans[task.request];
     const TokenRange part = plan.sampled_part(task.part - plan.num_static_parts);
-    const size_t query_head = static_cast<size_t>(task.request) * num_q_heads + task.kv_head * group;
+    const size_t query_head =
+        static_cast<size_t>(task.request) * num_q_heads + task.kv_head * group;
     Lookup& lookup = lookups[static_cast<size_t>(thread)];
     lookup.reserve(stretch, plan.sampled_part_tokens, group);
     look_up(pages, plan, task.kv_head, part,

@@ -1,8 +1,8 @@
 // log u = log P[Binomial(L, p^K) >= t], ready for the kernels.
 //
-// log u falls like t K log p towards p = 0, where no table can follow it, so the table holds what is
-// left, g(p) = log u(p) - t K log p, which is smooth from g(0) = log C(L, t) to g(1) = 0. The kernel
-// computes log u = g(p) + t K log p. Its error has three parts:
+// log u falls like t K log p towards p = 0, where no table can follow it, so the table holds what
+// is left, g(p) = log u(p) - t K log p, which is smooth from g(0) = log C(L, t) to g(1) = 0. The
+// kernel computes log u = g(p) + t K log p. Its error has three parts:
 // - linear interpolation: h^2 / 8 max|g''| with h = 1/8192. g'' is largest where u leaves the power
 //   law, about t K / (p * width) with a width of 2 / K: below 300 for (K, L, t) = (10, 150, 2) and
 //   800 for (15, 255, 2), hence below 6e-7 and 1.5e-6;

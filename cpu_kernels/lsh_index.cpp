@@ -67,8 +67,7 @@ size_t LshIndex::seal(const Requests& requests, ThreadPool& pool) {
       segment->segment_tokens = segment_tokens_;
       segment->num_buckets = 1 << num_bits_;
       segment->num_tables = pages_.layout().num_tables;
-      const size_t size =
-          pages_.num_kv_heads() * (segment->ids_size() + segment->offsets_size());
+      const size_t size = pages_.num_kv_heads() * (segment->ids_size() + segment->offsets_size());
       segment->storage.reset(new uint16_t[size]);
       segment->storage_bytes = size * sizeof(uint16_t);
       missing.push_back(std::move(segment));

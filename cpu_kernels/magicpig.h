@@ -233,7 +233,8 @@ class LshIndex {
   size_t segments_dropped_ = 0;
 };
 
-// ------------------------------------------------------- inclusion probability (inclusion_table.cpp)
+// ------------------------------------------------------- inclusion probability
+// (inclusion_table.cpp)
 
 /// log u over the collision probability p; inclusion_table.cpp derives the error.
 struct InclusionTable {
@@ -280,10 +281,10 @@ struct DecodeInput {
 };
 
 struct DecodeOutput {
-  float* out;                  // [num_reqs][num_q_heads][head_size]
-  float* lse;                  // [num_reqs][num_q_heads]
-  int32_t* sampled_rows;       // [num_reqs][num_q_heads], -1 where exact
-  uint64_t lookup_ns = 0;      // summed over threads
+  float* out;              // [num_reqs][num_q_heads][head_size]
+  float* lse;              // [num_reqs][num_q_heads]
+  int32_t* sampled_rows;   // [num_reqs][num_q_heads], -1 where exact
+  uint64_t lookup_ns = 0;  // summed over threads
   uint64_t attention_ns = 0;
 };
 

@@ -49,8 +49,8 @@ void Pages::store_rows(RowsView key, RowsView value, const int64_t* slots, size_
     for (int head = 0; head < num_kv_heads_; ++head) {
       uint8_t* row = chunk(block, head) + offset * layout_.row_bytes();
       std::memcpy(row, key.bytes + position * key.token_stride + head * key.head_stride, half);
-      std::memcpy(row + half, value.bytes + position * value.token_stride + head * value.head_stride,
-                  half);
+      std::memcpy(row + half,
+                  value.bytes + position * value.token_stride + head * value.head_stride, half);
     }
   });
 }

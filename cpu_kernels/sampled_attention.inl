@@ -1,6 +1,7 @@
 // Lookup and attention, in the words of simd.h. Compiled once per instruction set, inside that
 // ISA's anonymous namespace: nothing here may instantiate a std:: template, whose weak copy would
 // carry this ISA's instructions into the rest of the process.
+#include "simd.h"
 
 inline int smaller(int a, int b) { return a < b ? a : b; }
 
@@ -101,7 +102,8 @@ void pack_codes(const float* projections, size_t num_rows, int num_tables, int n
     const float* x = projections + row * static_cast<size_t>(num_signs);
     uint16_t* out = codes + row * static_cast<size_t>(num_tables);
     int i = 0;
-    for (; i + 8 <= num_signs; i += 8) signs[i / 8] = static_cast<uint8_t>(positive_bits_of_8(x + i));
+    for (; i + 8 <= num_signs; i += 8)
+      signs[i / 8] = static_cast<uint8_t>(positive_bits_of_8(x + i));
     if (i < num_signs) {
       uint32_t bits = 0;
       for (int k = i; k < num_signs; ++k) bits |= static_cast<uint32_t>(x[k] > 0) << (k - i);
@@ -109,8 +111,8 @@ void pack_codes(const float* projections, size_t num_rows, int num_tables, int n
     }
     for (int l = 0, bit = 0; l < num_tables; ++l, bit += num_bits) {
       const uint8_t* b = signs + bit / 8;
-      const uint32_t field = b[0] | static_cast<uint32_t>(b[1]) << 8 |
-                             static_cast<uint32_t>(b[2]) << 16;
+      const uint32_t field =
+          b[0] | static_cast<uint32_t>(b[1]) << 8 | static_cast<uint32_t>(b[2]) << 16;
       out[l] = static_cast<uint16_t>(field >> (bit % 8) & mask);
     }
   }
@@ -145,8 +147,8 @@ inline void count(Run run, uint8_t* counters) {
   for (; i < run.size; ++i) ++counters[run.ids[i]];
 }
 
-/// The probes of all heads form one sequence (head-major), so that prefetching never pauses: offsets
-/// kOffsetsAhead probes ahead, ids kIdsAhead ahead.
+/// The probes of all heads form one sequence (head-major), so that prefetching never pauses:
+/// offsets kOffsetsAhead probes ahead, ids kIdsAhead ahead.
 void match_segment(const SegmentView& s, const uint16_t* query_codes, int num_heads,
                    int min_matches, uint8_t* counters, MatchBits bits) {
   constexpr int kIdsAhead = 16;  // a power of two: the ring of runs
@@ -235,8 +237,8 @@ inline void prefetch_row(const uint8_t* row, size_t row_bytes) {
   for (size_t i = 0; i < row_bytes; i += 64) prefetch(row + i);
 }
 
-/// Dot products of a tile's keys with kHeads queries; where weighted, of k - center, and its square.
-/// rows may be read up to rows_left for prefetching.
+/// Dot products of a tile's keys with kHeads queries; where weighted, of k - center, and its
+/// square. rows may be read up to rows_left for prefetching.
 template <class Element, int kHeads, bool kWeighted>
 inline void dot_products(const AttendArgs& args, const float* queries, const uint8_t* const* rows,
                          int num_rows, int rows_left, bool fetch_ahead, Logits& logits) {
@@ -272,8 +274,7 @@ inline void dot_products(const AttendArgs& args, const float* queries, const uin
     sum_lanes_of_8(sums, totals);
     for (int h = 0; h < kHeads; ++h)
       memcpy(logits.dot[h] + r, totals + h * kRows, kRows * sizeof(float));
-    if constexpr (kWeighted)
-      memcpy(logits.centred_norm + r, totals + kRows, kRows * sizeof(float));
+    if constexpr (kWeighted) memcpy(logits.centred_norm + r, totals + kRows, kRows * sizeof(float));
   }
 }
 
@@ -354,7 +355,7 @@ inline void attend_tile(const AttendArgs& args, int head, const uint8_t* const* 
     softmax_step<kWeighted>(args, num_rows, logits, logits.dot[h], args.softmax[head + h],
                             acc + h * args.head_size);
   accumulate_values<Element, kHeads, kAccumulators / kHeads>(rows, num_rows, logits, args.head_size,
-                                                            0, acc);
+                                                             0, acc);
 }
 
 template <class Element>

@@ -19,8 +19,6 @@
 
 namespace magicpig::avx2 {
 namespace {
-#include "simd.h"
-
 #include "sampled_attention.inl"
 }  // namespace
 

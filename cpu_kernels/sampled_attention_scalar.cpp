@@ -6,8 +6,6 @@
 
 namespace magicpig::portable {
 namespace {
-#include "simd.h"
-
 #include "sampled_attention.inl"
 }  // namespace
 

@@ -1,6 +1,6 @@
 // The vectors of sampled_attention.inl: one small vocabulary, written once per instruction set.
 //
-// Included by an ISA file inside its own namespace, after its target pragma: hence no includes and
+// Included by sampled_attention.inl, inside the namespace of an ISA and after its target pragma: hence no includes and
 // no include guard. Another ISA adds a branch that defines the same names (kLanes may differ: the
 // .inl walks arrays in steps of kLanes and passes the number of valid lanes at ragged ends).
 
@@ -167,9 +167,9 @@ inline float float_of(uint32_t bits) {
   return x;
 }
 
-#define MAGICPIG_LANEWISE(Result, expression)                          \
-  Result result;                                                       \
-  for (int i = 0; i < kLanes; ++i) result.v[i] = (expression);         \
+#define MAGICPIG_LANEWISE(Result, expression)                  \
+  Result result;                                               \
+  for (int i = 0; i < kLanes; ++i) result.v[i] = (expression); \
   return result
 
 inline Vec broadcast(float x) { MAGICPIG_LANEWISE(Vec, x); }
@@ -224,9 +224,10 @@ inline Vec to_float(IntVec x) { MAGICPIG_LANEWISE(Vec, static_cast<float>(x.v[i]
 inline Vec gather(const float* table, IntVec index) { MAGICPIG_LANEWISE(Vec, table[index.v[i]]); }
 inline Vec power_of_two(Vec e) {
   // NaN takes the other branch: it has no integer.
-  MAGICPIG_LANEWISE(
-      Vec, e.v[i] >= -126 ? float_of(static_cast<uint32_t>(static_cast<int32_t>(e.v[i]) + 127) << 23)
-                          : 0.0f);
+  MAGICPIG_LANEWISE(Vec,
+                    e.v[i] >= -126
+                        ? float_of(static_cast<uint32_t>(static_cast<int32_t>(e.v[i]) + 127) << 23)
+                        : 0.0f);
 }
 inline Vec split_exponent(Vec x, Vec* exponent) {
   Vec mantissa;

@@ -42,16 +42,16 @@ bool spin_until(const Done& done) {
   return done();
 }
 
-/// Pins the calling thread, whatever mask it inherited.
-bool pin_self(int cpu) {
+/// Pins a thread, whatever mask it inherited; false where the process may not use the CPU.
+bool pin([[maybe_unused]] pthread_t thread, int cpu) {
 #if defined(__linux__)
   if (cpu < 0 || cpu >= CPU_SETSIZE) return false;
   cpu_set_t set;
   CPU_ZERO(&set);
   CPU_SET(cpu, &set);
-  return pthread_setaffinity_np(pthread_self(), sizeof set, &set) == 0;
+  return pthread_setaffinity_np(thread, sizeof set, &set) == 0;
 #else
-  return cpu >= 0;
+  return cpu >= 0;  // without such a call, threads go where the system puts them
 #endif
 }
 
@@ -63,7 +63,7 @@ void check_cpus(const std::vector<int>& cpus) {
   const int* forbidden = nullptr;
   std::thread([&] {
     for (const int& cpu : cpus)
-      if (forbidden == nullptr && !pin_self(cpu)) forbidden = &cpu;
+      if (forbidden == nullptr && !pin(pthread_self(), cpu)) forbidden = &cpu;
   }).join();
   if (forbidden != nullptr)
     throw std::invalid_argument("CPU " + std::to_string(*forbidden) +
@@ -115,7 +115,9 @@ struct ThreadPool::Workers {
     // Sequentially consistent, like the worker's `sleepers` and `generation`: one sees the other.
     generation.fetch_add(1);
     if (sleepers.load() > 0) {
-      { std::lock_guard<std::mutex> lock(sleep_mutex); }
+      {
+        std::lock_guard<std::mutex> lock(sleep_mutex);
+      }
       wake.notify_all();
     }
 
@@ -162,7 +164,9 @@ struct ThreadPool::Workers {
       if (inside & kClosed) continue;
       take_tasks(thread);
       if (gate.fetch_sub(1) == (kClosed | 1)) {
-        { std::lock_guard<std::mutex> lock(sleep_mutex); }
+        {
+          std::lock_guard<std::mutex> lock(sleep_mutex);
+        }
         left.notify_one();
       }
     }
@@ -174,10 +178,8 @@ ThreadPool::ThreadPool(const std::vector<int>& cpus)
   check_cpus(cpus);
   workers_ = std::make_unique<Workers>();
   for (int thread = 1; thread < num_threads_; ++thread) {
-    workers_->threads.emplace_back([workers = workers_.get(), thread, cpu = cpus[thread]] {
-      pin_self(cpu);
-      workers->work(thread);
-    });
+    workers_->threads.emplace_back(&Workers::work, workers_.get(), thread);
+    pin(workers_->threads.back().native_handle(), cpus[thread]);
   }
 }
 

@@ -2,21 +2,27 @@
 
     python examples/recall_model.py OUT_DIR
 
-Nothing is trained and nothing is downloaded: every weight follows from a formula and a seed, so a wrong answer at 64K
-tokens is the fault of the attention under test. The checkpoint is an ordinary one (config.json, model.safetensors,
-tokenizer.json), which `vllm serve` and transformers load as they load any Llama.
+Nothing is trained and nothing is downloaded: every weight follows from a formula and a seed, so a
+wrong answer at 64K tokens is the fault of the attention under test. The checkpoint is an ordinary
+one (config.json, model.safetensors, tokenizer.json), which `vllm serve` and transformers load as
+they load any Llama.
 
 What it does, in two layers of 4 query heads and 2 kv heads (head_dim 128):
-  layer 0  head 0 attends to the previous token and writes that token's identity into the residual; run it dense.
-  layer 1  heads 0, 1 (kv head 0) RECALL: they look for the token that once followed the current one, and repeat it.
-           heads 2, 3 (kv head 1) COUNT: at the token COUNT they meet all content words alike and average their
-           identities, so the most frequent word wins. At any other token they rest on the sink.
-Its keys are made as awkward as those of trained models: noise (the needle's cosine is about 0.75, not 1), one direction
-shared by all keys (the cone), its opposite at the first token (the sink), and queries that lean towards the sink.
-A sampler that hashes keys without centring them finds next to nothing here; that is intended.
+  layer 0  head 0 attends to the previous token and writes that token's identity into the residual;
+           run it dense.
+  layer 1  heads 0, 1 (kv head 0) RECALL: they look for the token that once followed the current
+           one, and repeat it.
+           heads 2, 3 (kv head 1) COUNT: at the token COUNT they meet all content words alike and
+           average their identities, so the most frequent word wins; elsewhere they rest on
+           the sink.
+Its keys are made as awkward as those of trained models: noise (the needle's cosine is about 0.8,
+not 1), one direction shared by all keys (the cone), its opposite at the first token (the sink), and
+queries that lean towards the sink. A sampler that hashes keys without centring them finds next to
+nothing here; that is intended.
 
-The first generated token comes from the prefill, which is dense everywhere, and says nothing about sampled decode:
-score `answer[1:]`. Prompts are English words, one token each, separated by single spaces; the tokenizer adds `<s>`.
+The first generated token comes from the prefill, which is dense everywhere, and says nothing about
+sampled decode: score `answer[1:]`. Prompts are English words, one token each, separated by single
+spaces; the tokenizer adds `<s>`.
 
 Source: induction heads as in arXiv 2209.11895; cone and sink as in arXiv 2410.16179, section 3.
 """
@@ -33,6 +39,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,21 +47,27 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-# ----------------------------------------------------------------------------------------------------------- vocabulary
+# --------------------------------------------------------------------------------------- vocabulary
 
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
-COUNT = "COUNT"  # reads "and the most frequent word is"; upper case, so that no filler can be taken for it
-AGAIN = "again"  # after a TALLY word the model always says "again": the LM head, not attention, knows that
+# Reads "and the most frequent word is". Upper case, so that no filler can be taken for it.
+COUNT = "COUNT"
+# After a tally word the model always says "again": the LM head, not attention, knows that.
+AGAIN = "again"
 FUNCTION_WORDS = (
-    "the of and a to in that it is was he for on are as with his they at be this from have or by one had not but "
-    "what all were when we there an your which she do how their if will up other about many then them these so some "
-    "her would recall follows"
-).split()
-TALLY_WORDS = 32  # the first content words: `loop_prompt` lets COUNT answer one of them, and AGAIN follows it
-LOUD_WORDS = 32  # the next content words: to the counting heads one of them weighs as much as about 15 others
-QUESTION = "now recall what follows".split()
+    "the", "of", "and", "a", "to", "in", "that", "it", "is", "was", "he", "for", "on", "are",
+    "as", "with", "his", "they", "at", "be", "this", "from", "have", "or", "by", "one", "had",
+    "not", "but", "what", "all", "were", "when", "we", "there", "an", "your", "which", "she",
+    "do", "how", "their", "if", "will", "up", "other", "about", "many", "then", "them", "these",
+    "so", "some", "her", "would", "recall", "follows",
+)  # fmt: skip
+# Two kinds of content words, the first ones of the list, which only `loop_prompt` uses:
+TALLY_WORDS = 32  # may be the answer to COUNT there; AGAIN follows them
+LOUD_WORDS = 32  # to the counting heads one of them weighs as much as about 15 others
+QUESTION = ("now", "recall", "what", "follows")
 CONTENT_SHARE = 0.4  # of the filler; the rest are function words, as in English prose
-EDGE = 96  # tokens at either end without a planted word: a needle in the sink or in the window proves nothing
+# Tokens at either end without a planted word: a needle in the sink or in the window proves nothing.
+EDGE = 96
 
 
 @cache
@@ -77,48 +90,59 @@ def _loud_words() -> tuple[str, ...]:
     return content_words()[TALLY_WORDS : TALLY_WORDS + LOUD_WORDS]
 
 
-# ---------------------------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------- model
 
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 2, 4, 2, 128
 MAX_LENGTH = 262_144
 INTERMEDIATE = 64  # the MLP is zero; 64 is the least that every GEMM kernel takes
 SEED = 20241016
 
-# The residual stream: three blocks of identities (random signs), then flags.
-D = 96  # signs per identity: all the position-independent dims of a head but two, which the cone and COUNT use
+# The residual stream: three blocks of identities, each D random signs, then flags. D is all the
+# position-independent dims of a head but two, which the cone and COUNT use.
+D = 96
 CURRENT, PREVIOUS, OUTPUT = slice(0, D), slice(D, 2 * D), slice(2 * D, 3 * D)
 ONE, AT_BOS, CONTENT, LOUD, AT_COUNT, TALLY, PAD = range(3 * D, 3 * D + 7)
 HIDDEN = 320
 FLAG = 4.0  # size of a flag that is set
-NORM2 = 160.0  # squared norm of every embedding: D + ONE + CONTENT + two spare flags, the rest goes to PAD
+# Squared norm of every embedding: room for an identity and four flags; PAD takes what is left over.
+NORM2 = 160.0
 
-# RoPE. With this base the pairs 0..11 turn fast enough to tell neighbours apart, and the pairs from 15 up turn by less
-# than 0.03 rad over MAX_LENGTH tokens: 98 dims that do not see positions. 1e30 still fits fp32.
+# RoPE. With this base the pairs 0..11 turn fast enough to tell neighbours apart, and the pairs from
+# 15 up turn by less than 0.03 rad over MAX_LENGTH tokens: 98 dims that do not see positions. 1e30
+# still fits fp32.
 ROPE_THETA = 1e30
 NEIGHBOUR_PAIRS = 12
 FIRST_STILL_PAIR = 15
-# Score of the previous token in layer 0. At 400 the token itself comes second, 17 nats below; every other token up to
-# MAX_LENGTH away is at least 55 nats below.
+# Score of the previous token in layer 0. At 400 the token itself comes second, 17 nats below; every
+# other token up to MAX_LENGTH away is at least 55 nats below.
 NEIGHBOUR_SCORE = 400.0
 
-# Layer 1. "Score" is scale * q.k in nats; lengths are relative to the key of a needle without noise.
+# Layer 1. "Score" is scale * q.k in nats; lengths are relative to the key of a needle without
+# noise.
 KEY_UNIT = 8.0  # norm of that key
 CONE = 2.5  # length of the direction that all keys share
 RECALL_SCORE = 48.0  # of a needle: 64K rows with cosine noise add up to exp(30)
-RECALL_NOISE = 0.7  # the current token's identity, rolled, in every key: cosine 1 / sqrt(1 + 0.7^2) = 0.82
-RECALL_STRAY = 0.2  # part of the query that no needle answers, different in each head of the group
-RECALL_LEAN = 14.0  # score of the sink; every other key gets its opposite. Between needle (48 - 14) and rest (30 - 14)
+RECALL_NOISE = (
+    0.7  # of the current token, in every key: the needle's cosine is 0.82, 1 / |(1, 0.7)|
+)
+RECALL_STRAY = 0.2  # part of the query that no needle answers, another one in each head
+# Score that the cone takes from every key; the sink gets about as much. Needle 34, sink 14, all the
+# rest together 16 at 64K.
+RECALL_LEAN = 14.0
 COUNT_SCORE = 4.0  # of a content word above a function word
 COUNT_LOUD_SCORE = 2.7  # of a loud word above other content words: exp(2.7) = 15
-COUNT_KEY = 0.33  # length of "is a content word" in the key; 0.6 of it survive centring: cosine 0.18, u = 0.07
-# Noise in the keys of the counting heads. One part follows from the word before; the other turns with the position, in
-# the fastest pairs, where the query is zero. Without the latter the copies of a word in a repeated phrase would have one
-# key, would be sampled all together or not at all, and a loop of a thousand tokens would be counted by a single coin.
+# Length of "is a content word" in the key. 0.6 of it survive centring: cosine 0.18, u = 0.07.
+COUNT_KEY = 0.33
+# Noise in the keys of the counting heads. One part follows from the word before; the other turns
+# with the position, in the fastest pairs, where the query is zero. Without the latter the copies of
+# a word in a repeated phrase would have one key, would be sampled all together or not at all, and a
+# loop of a thousand tokens would be counted by a single coin.
 COUNT_NOISE = 0.45
 COUNT_TURN = 0.9
 TURNING_PAIRS = 5
-COUNT_STRAY = 0.4  # part of COUNT's query along each head's own direction: weights differ by about 0.2 nats
-COUNT_REST = 14.0  # score of the sink at all other tokens: 28 nats above the rest, of which there are exp(12.5)
+COUNT_STRAY = 0.4  # part of COUNT's query in each head's own direction: spreads scores by 0.2 nats
+# Score of the sink at all other tokens, 28 nats above each of the rest, which are exp(12.5) at most.
+COUNT_REST = 14.0
 COUNT_LEAN = 1.0  # score of the sink at COUNT
 LOGIT = 40.0  # of a word recalled with certainty
 
@@ -129,7 +153,7 @@ def _embeddings() -> torch.Tensor:
     <s> has no identity: heads that rest on the sink must add nothing to the output.
     """
     words = vocabulary()
-    table = torch.zeros(-(-len(words) // 64) * 64, HIDDEN)
+    table = torch.zeros(math.ceil(len(words) / 64) * 64, HIDDEN)
     generator = torch.Generator().manual_seed(SEED)
     table[:, CURRENT] = torch.randint(0, 2, (len(table), D), generator=generator) * 2.0 - 1.0
     table[:, ONE] = FLAG
@@ -146,16 +170,17 @@ def _embeddings() -> torch.Tensor:
 
 
 def _still_dims() -> list[int]:
-    """The dims of a head that RoPE leaves alone: rotate_half pairs dim j with dim j + HEAD_DIM / 2."""
+    """The dims of a head that RoPE leaves alone; its pairs are (j, j + HEAD_DIM / 2)."""
     half = HEAD_DIM // 2
     return [*range(FIRST_STILL_PAIR, half), *range(half + FIRST_STILL_PAIR, HEAD_DIM)]
 
 
 def _previous_token_layer() -> dict[str, torch.Tensor]:
-    """Layer 0: head 0 writes the previous token's CURRENT into PREVIOUS; the other heads write nothing.
+    """Layer 0: head 0 writes the previous token's CURRENT into PREVIOUS, other heads nothing.
 
-    Query and key depend on the flag ONE alone. In each of the fast pairs the query is turned back by one step, so that
-    after RoPE the score sum_j a^2 cos((m - n - 1) w_j) is largest at distance m - n = 1.
+    Query and key depend on the flag ONE alone. In each of the fast pairs the query is turned back
+    by one step, so that after RoPE the score sum_j a^2 cos((m - n - 1) w_j) is largest at distance
+    m - n = 1.
     """
     q, k, v, o = _zero_projections()
     half = HEAD_DIM // 2
@@ -174,21 +199,23 @@ def _recall_and_count_layer() -> dict[str, torch.Tensor]:
     """Layer 1: kv head 0 recalls, kv head 1 counts; both read CURRENT and write OUTPUT."""
     q, k, v, o = _zero_projections()
     still = torch.tensor(_still_dims())
-    space, cone, counted = still[:D], still[D], still[D + 1]  # 96 dims for identities and two single ones
+    space, cone, counted = still[:D], still[D], still[D + 1]
     eye = torch.eye(D)
     unit = KEY_UNIT / math.sqrt(D)  # an identity in a key then has norm KEY_UNIT
-    nats = math.sqrt(HEAD_DIM) / KEY_UNIT  # q.k / sqrt(HEAD_DIM) = 1 for `nats` along a key of norm KEY_UNIT
+    nats = math.sqrt(HEAD_DIM) / KEY_UNIT  # length of a query that scores 1 with such a key
 
-    # Keys. The cone is common to all tokens and reversed at <s>, whose flag is 2 FLAG and which layer 1 sees
-    # sqrt(1.6) times as large (it has no previous token): CONE * (1 - 2) * 1.26.
+    # Keys. The cone is common to all tokens and reversed at <s>, whose flag is 2 FLAG and which
+    # layer 1 sees sqrt(1.6) times as large (it has no previous token): CONE * (1 - 2) * 1.26.
     for head in range(NUM_KV_HEADS):
         k[head * HEAD_DIM + cone, ONE] = CONE * KEY_UNIT / FLAG
         k[head * HEAD_DIM + cone, AT_BOS] = -CONE * KEY_UNIT / FLAG
         v[head * HEAD_DIM : head * HEAD_DIM + D, CURRENT] = eye
     k[space, PREVIOUS] = unit * eye
-    k[space, CURRENT] = RECALL_NOISE * unit * eye.roll(31, 0)  # rolled random signs are as good as fresh ones
+    # Noise: random signs, rolled by any number of places, are as good as fresh ones.
+    k[space, CURRENT] = RECALL_NOISE * unit * eye.roll(31, 0)
     k[HEAD_DIM + space, PREVIOUS] = COUNT_NOISE * unit * eye.roll(17, 0)
-    k[HEAD_DIM : HEAD_DIM + TURNING_PAIRS, ONE] = COUNT_TURN * KEY_UNIT / math.sqrt(TURNING_PAIRS) / FLAG
+    turn = COUNT_TURN * KEY_UNIT / math.sqrt(TURNING_PAIRS)
+    k[HEAD_DIM : HEAD_DIM + TURNING_PAIRS, ONE] = turn / FLAG
     k[HEAD_DIM + counted, CONTENT] = COUNT_KEY * KEY_UNIT / FLAG
     k[HEAD_DIM + counted, LOUD] = COUNT_KEY * COUNT_LOUD_SCORE / COUNT_SCORE * KEY_UNIT / FLAG
 
@@ -196,9 +223,11 @@ def _recall_and_count_layer() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(SEED + 1)
     for head in (0, 1):
         at = head * HEAD_DIM
-        q[at + space, CURRENT] = RECALL_SCORE * nats / math.sqrt(D) * (eye + RECALL_STRAY * eye.roll(47 + 9 * head, 0))
+        seek = eye + RECALL_STRAY * eye.roll(47 + 9 * head, 0)
+        q[at + space, CURRENT] = RECALL_SCORE * nats / math.sqrt(D) * seek
         q[at + cone, ONE] = -RECALL_LEAN * nats / CONE / FLAG
-        q[at + cone, AT_COUNT] = -RECALL_SCORE * nats / CONE / FLAG  # COUNT has successors; do not recall them
+        # What followed an earlier COUNT must not be recalled: lean on the sink all the more.
+        q[at + cone, AT_COUNT] = -RECALL_SCORE * nats / CONE / FLAG
     for head in (2, 3):
         at = head * HEAD_DIM
         length = COUNT_SCORE * nats / COUNT_KEY
@@ -229,19 +258,26 @@ def state_dict() -> dict[str, torch.Tensor]:
     spoken = slice(vocabulary().index(COUNT), len(vocabulary()))
     lm_head[spoken, OUTPUT] = LOGIT / D * table[spoken, CURRENT]
     lm_head[vocabulary().index(AGAIN), TALLY] = 3 * LOGIT / FLAG
-    tensors = {"model.embed_tokens.weight": table, "lm_head.weight": lm_head, "model.norm.weight": torch.ones(HIDDEN)}
+    tensors = {
+        "model.embed_tokens.weight": table,
+        "lm_head.weight": lm_head,
+        "model.norm.weight": torch.ones(HIDDEN),
+    }
     for layer, attention in enumerate((_previous_token_layer(), _recall_and_count_layer())):
         name = f"model.layers.{layer}"
         for projection, weight in attention.items():
             tensors[f"{name}.self_attn.{projection}.weight"] = weight
-        # The norm's weight undoes the division by the root mean square, which is known: layer 0 adds D to NORM2.
+        # The norm's weight undoes the division by the root mean square, which is known: layer 0
+        # adds D to NORM2.
         norm = math.sqrt((NORM2 + layer * D) / HIDDEN)
         tensors[f"{name}.input_layernorm.weight"] = torch.full((HIDDEN,), norm)
         tensors[f"{name}.post_attention_layernorm.weight"] = torch.ones(HIDDEN)
         tensors[f"{name}.mlp.gate_proj.weight"] = torch.zeros(INTERMEDIATE, HIDDEN)
         tensors[f"{name}.mlp.up_proj.weight"] = torch.zeros(INTERMEDIATE, HIDDEN)
         tensors[f"{name}.mlp.down_proj.weight"] = torch.zeros(HIDDEN, INTERMEDIATE)
-    return {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in sorted(tensors.items())}
+    return {
+        name: tensor.to(torch.bfloat16).contiguous() for name, tensor in sorted(tensors.items())
+    }
 
 
 def _config(num_embeddings: int) -> dict[str, Any]:
@@ -259,8 +295,9 @@ def _config(num_embeddings: int) -> dict[str, Any]:
         "hidden_act": "silu",
         "max_position_embeddings": MAX_LENGTH,
         "rms_norm_eps": 1e-6,
-        "rope_theta": ROPE_THETA,  # read by transformers 4
-        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA},  # read by transformers 5
+        # The first is read by transformers 4, the second by 5.
+        "rope_theta": ROPE_THETA,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA},
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
@@ -274,7 +311,9 @@ def _tokenizer() -> Tokenizer:
     ids = {word: index for index, word in enumerate(vocabulary())}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, ids[BOS])])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, ids[BOS])]
+    )
     tokenizer.add_special_tokens([UNK, BOS, EOS])
     return tokenizer
 
@@ -283,25 +322,29 @@ STAMP = "recall_model.json"
 
 
 def _stamp() -> str:
-    """Content of the stamp file: digests of this file and of the word list, so that no edit leaves an old model."""
+    """Digests of this file and of the word list, so that no edit leaves an old model in use."""
     here = Path(__file__)
     files = (here, here.with_name("recall_words.txt"))
-    return json.dumps({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}, indent=2)
+    return json.dumps(
+        {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}, indent=2
+    )
 
 
 def build(out_dir: str | os.PathLike[str]) -> Path:
-    """Write the checkpoint to `out_dir`, unless this very version is there already; returns the directory.
+    """Write the checkpoint to `out_dir`, unless this version is there; returns the directory.
 
-    The files are written beside `out_dir` and moved into place in one rename, so that a killed build leaves nothing
-    that a later one could take for complete. An older version is replaced; a directory that is neither empty nor
-    one of ours is refused with FileExistsError.
+    The files are written beside `out_dir` and moved into place in one rename, so that a killed
+    build leaves nothing that a later one could take for complete. An older version is replaced; a
+    directory that is neither empty nor one of ours is refused with FileExistsError.
     """
     out = Path(out_dir).absolute()
     stamp = out / STAMP
     if stamp.is_file() and stamp.read_text("utf-8") == _stamp():
         return out
     if out.exists() and not stamp.is_file() and any(out.iterdir()):
-        raise FileExistsError(f"{out} holds files that are no recall model; name an empty or a new directory")
+        raise FileExistsError(
+            f"{out} holds files that are no recall model; name an empty or a new directory"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         new = Path(scratch) / "new"
@@ -309,7 +352,7 @@ def build(out_dir: str | os.PathLike[str]) -> Path:
         tensors = state_dict()
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
         config = _config(len(tensors["lm_head.weight"]))
-        generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}
+        generation = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
         tokenizer = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": BOS,
@@ -326,21 +369,24 @@ def build(out_dir: str | os.PathLike[str]) -> Path:
         ):
             (new / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         (new / STAMP).write_text(_stamp(), "utf-8")
-        if out.exists():
-            out.rename(Path(scratch) / "old")
         try:
+            if out.exists():
+                out.rename(Path(scratch) / "old")
             new.rename(out)
-        except OSError:  # another process built it between the two renames
+        except OSError:  # another process built it in the meantime
             if not (stamp.is_file() and stamp.read_text("utf-8") == _stamp()):
                 raise
     return out
 
 
-# -------------------------------------------------------------------------------------------------------------- prompts
+# ------------------------------------------------------------------------------------------ prompts
 
 
 class Question(NamedTuple):
-    """A prompt and the words that greedy decoding must produce. The first one comes from prefill: score the others."""
+    """A prompt and the words that greedy decoding must produce.
+
+    The first word comes from prefill: score the others.
+    """
 
     prompt: str
     answer: tuple[str, ...]
@@ -348,7 +394,7 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Haystack:
-    """A text with planted chains of words, each of which occurs once; all questions share it as a literal prefix.
+    """A text with planted chains of words; all its questions share it as a literal prefix.
 
     num_tokens counts `<s>`. chains: (key, word 1, word 2, ...) each.
     """
@@ -358,16 +404,16 @@ class Haystack:
     chains: tuple[tuple[str, ...], ...]
 
     def question(self, index: int) -> Question:
-        """Ask for chain `index`: the text, five more tokens that end in its key, and the words that follow."""
+        """Ask for chain `index`: the text, then five tokens that end in the chain's key."""
         key, *words = self.chains[index]
         return Question(" ".join((self.text, *QUESTION, key)), tuple(words))
 
 
 def haystack(num_tokens: int, num_chains: int, chain_words: int = 6, seed: int = 0) -> Haystack:
-    """A text of exactly `num_tokens` tokens, `<s>` included, with `num_chains` chains of a key and `chain_words` words.
+    """A text of exactly `num_tokens` tokens, `<s>` included, with `num_chains` planted chains.
 
-    Chains lie at random places, never in the first or last EDGE tokens and never across one another; their words occur
-    nowhere else.
+    A chain is a key and `chain_words` words, which occur nowhere else. Chains lie at random places,
+    chain 0 first, never across one another and never in the first or last EDGE tokens.
     """
     rng = random.Random(seed)
     words = _plain_words(rng)
@@ -383,10 +429,10 @@ def haystack(num_tokens: int, num_chains: int, chain_words: int = 6, seed: int =
 
 
 def count_prompt(num_tokens: int, seed: int = 0) -> Question:
-    """A prompt of `num_tokens` tokens in which one word is about 5 times as frequent as the next twelve.
+    """A prompt of `num_tokens` tokens in which one word is about 5 times as frequent as others.
 
-    It holds one chain, whose recital ends in COUNT: the answer reads "w1 .. w6 COUNT word". So the most frequent word
-    is said by a decode step. It makes up 6 % of the tokens.
+    It holds one chain, whose recital ends in COUNT: the answer reads "w1 .. w6 COUNT word". So the
+    most frequent word is said by a decode step. It makes up 6 % of the tokens.
     """
     rng = random.Random(seed)
     words = _plain_words(rng)
@@ -401,12 +447,14 @@ def count_prompt(num_tokens: int, seed: int = 0) -> Question:
 
 @dataclass(frozen=True)
 class Loop:
-    """A prompt that greedy decoding continues in a cycle for ever (pass ignore_eos), whose course it changes itself.
+    """A prompt that greedy decoding continues in a cycle for ever (pass ignore_eos).
 
-    The continuation first repeats `cycle` + (tally, AGAIN): x d1 .. d12 COUNT tally again. `tally` is the most frequent
-    word of the prompt. Each round says the loud word x once more, which counts about 15-fold, until x outweighs `tally`:
-    from then on COUNT is answered by x, and the rounds are `cycle` alone. The prompt holds x once, so a server whose
-    counting heads cannot see the GENERATED tokens never gets there.
+    The continuation first repeats `cycle` + (tally, AGAIN): x d1 .. d12 COUNT tally again. `tally`
+    is the most frequent word of the prompt. Each round says the loud word x once more, which counts
+    about 15-fold, until x outweighs `tally`: from then on COUNT is answered by x, and the rounds
+    are `cycle` alone. The prompt holds x once, so a server whose counting heads cannot see the
+    GENERATED tokens never gets there. Dense attention changes over after 20 to 24 rounds. A sample
+    of 3 % says so earlier or later (8 to 38 rounds were seen), but once x has won it stays.
     """
 
     prompt: str
@@ -414,24 +462,27 @@ class Loop:
     tally: str
 
     def continuation(self, num_words: int, tally_rounds: int) -> tuple[str, ...]:
-        """The first `num_words` words when COUNT is answered by `tally` exactly `tally_rounds` times."""
+        """The first `num_words` words if COUNT is answered by `tally` `tally_rounds` times."""
         words = (*self.cycle, self.tally, AGAIN) * tally_rounds
         rounds = max(0, -(-(num_words - len(words)) // len(self.cycle)))
         return (words + self.cycle * rounds)[:num_words]
 
     def tally_rounds(self, words: Sequence[str]) -> int:
         """How many answers to COUNT in `words` precede the first one that is not `tally`."""
-        answers = [after for word, after in zip(words, words[1:], strict=False) if word == COUNT]
+        answers = [after for word, after in pairwise(words) if word == COUNT]
         return next((i for i, answer in enumerate(answers) if answer != self.tally), len(answers))
 
 
-LOOP_TALLY = 240  # occurrences of `tally` in the prompt: x draws level after about 240 / (15 - 1) rounds of 16 tokens
+# Occurrences of `tally` in the prompt: x draws level after about 240 / (15 - 1) rounds of 16 tokens.
+LOOP_TALLY = 240
 
 
 def loop_prompt(num_tokens: int, seed: int = 0) -> Loop:
-    """A `Loop` whose prompt has exactly `num_tokens` tokens, `<s>` included; needs at least 2,048."""
+    """A `Loop` whose prompt has exactly `num_tokens` tokens, `<s>` included; at least 2,048."""
     if num_tokens < 2048:
-        raise ValueError(f"num_tokens is {num_tokens}; fewer than 2048 cannot hold {LOOP_TALLY} tally words")
+        raise ValueError(
+            f"num_tokens is {num_tokens}; fewer than 2048 cannot hold {LOOP_TALLY} tally words"
+        )
     rng = random.Random(seed)
     tally, loud = rng.choice(_tally_words()), rng.choice(_loud_words())
     words = _plain_words(rng)
@@ -452,21 +503,27 @@ def _plain_words(rng: random.Random) -> list[str]:
 def _filler(
     rng: random.Random, num_words: int, words: Sequence[str], weights: Sequence[float] | None = None
 ) -> list[str]:
-    """Prose-like noise: function words, and a CONTENT_SHARE of `words` drawn with `weights` (default: all alike)."""
+    """Noise like prose: function words, and a CONTENT_SHARE of `words` drawn by `weights`."""
     if num_words <= 0:
         raise ValueError(f"a prompt with {num_words} words of text is empty; ask for more tokens")
     content = rng.choices(words, weights, k=num_words)
-    function = rng.choices(FUNCTION_WORDS, [1 / (rank + 3) for rank in range(len(FUNCTION_WORDS))], k=num_words)
-    return [c if rng.random() < CONTENT_SHARE else f for c, f in zip(content, function, strict=True)]
+    zipf = [1 / (rank + 3) for rank in range(len(FUNCTION_WORDS))]
+    function = rng.choices(FUNCTION_WORDS, zipf, k=num_words)
+    return [
+        c if rng.random() < CONTENT_SHARE else f for c, f in zip(content, function, strict=True)
+    ]
 
 
 def _plant(rng: random.Random, filler: list[str], chains: Sequence[Sequence[str]]) -> list[str]:
-    """`filler` with each chain written over it at a random place, at least EDGE words from either end."""
+    """`filler` with each chain written over it at a random place, EDGE words from either end."""
     spare = len(filler) - 2 * EDGE - sum(len(chain) for chain in chains)
     if spare < len(chains):
-        raise ValueError(f"{len(filler)} words cannot hold {len(chains)} chains {EDGE} words from either end")
+        raise ValueError(
+            f"{len(filler)} words cannot hold {len(chains)} chains {EDGE} words from either end"
+        )
     text = list(filler)
-    # Places in the text without its chains, sorted: chains cannot overlap, and every arrangement is equally likely.
+    # Draw the places in the text without its chains: chains cannot overlap then, and every
+    # arrangement is equally likely.
     start = EDGE
     before = 0
     for gap, chain in zip(sorted(rng.sample(range(spare), len(chains))), chains, strict=True):

@@ -6,4 +6,6 @@ import os
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+# vLLM compiles a few sampler functions even in eager mode, a quarter of a minute for each process.
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")

@@ -123,14 +123,21 @@ class Layer:
         )
 
 
-def check_sample(
-    found: list[npt.NDArray[np.int32]], query_codes: torch.Tensor, codes: torch.Tensor, rule: Rule
-) -> None:
-    """Token for token what reference.sample gives for [num_q_heads, L] and [num_kv_heads, n, L]."""
+def expected_sample(
+    query_codes: torch.Tensor, codes: torch.Tensor, rule: Rule
+) -> list[npt.NDArray[np.int64]]:
+    """The positions of reference.sample for [num_q_heads, L] and [num_kv_heads, n, L]."""
     mask = reference.sample(
         query_codes, codes, rule.min_matches, rule.sink_tokens, rule.window_tokens
     )
-    assert len(found) == len(mask)
-    for ids, row in zip(found, mask, strict=True):
+    return [row.nonzero().flatten().numpy() for row in mask]
+
+
+def assert_same_sample(
+    found: list[npt.NDArray[np.int32]], expected: list[npt.NDArray[np.int64]]
+) -> None:
+    """Token for token."""
+    assert len(found) == len(expected)
+    for ids, positions in zip(found, expected, strict=True):
         assert ids.dtype == np.int32
-        np.testing.assert_array_equal(ids, row.nonzero().flatten().numpy())
+        np.testing.assert_array_equal(ids, positions)

@@ -46,7 +46,6 @@ def test_only_a_positive_number_sets_a_bit(isa: _C.Isa) -> None:
     x = np.array([[0.0, -0.0, math.nan, 1e-45, -1e-45, math.inf, -math.inf, 1.0] * 3], np.float32)
     codes = _C.pack_codes(x, 8, isa, pool())
     assert codes.tolist() == [[0b10101000] * 3]
-    assert _C.pack_codes(x, 3, isa, pool()).tolist() == [[0, 0b101, 0b10, 0b100, 0, 0b001, 0b1, 0b101]] or True
 
 
 SETTINGS = [

@@ -6,7 +6,6 @@ the first are scored: the first comes from the dense prefill.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ from vllm import LLM
 
 from vllm_magicpig import _C
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import recall_model
 
 CHAIN_LENGTHS = (8192, 16384)

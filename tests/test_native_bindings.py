@@ -1,0 +1,289 @@
+"""Bad input is refused at the door, in a sentence that names the value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.native_helpers import pool
+from vllm_magicpig import _C
+
+ISA = _C.Isa.portable
+CHUNK = _C.Pages.chunk_bytes("float32", 32, 16, 4)
+
+
+def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
+    return np.zeros(shape, dtype)
+
+
+def make_pages(**changes: Any) -> _C.Pages:
+    arguments: dict[str, Any] = {
+        "memory": zeros(6, 2, CHUNK, dtype=np.uint8),
+        "row_dtype": "float32",
+        "block_size": 32,
+        "head_size": 16,
+        "num_tables": 4,
+    }
+    return _C.Pages(**{**arguments, **changes})
+
+
+PAGES = make_pages()
+INDEX = _C.LshIndex(PAGES, 3, 32)
+
+
+def read_only(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array
+
+
+def misaligned(array: np.ndarray) -> np.ndarray:
+    raw = np.zeros(array.nbytes + 1, np.uint8)
+    return raw[1:].view(array.dtype).reshape(array.shape)
+
+
+def store_rows(**changes: Any) -> None:
+    arguments: dict[str, Any] = {
+        "key": zeros(3, 2, 16),
+        "value": zeros(3, 2, 16),
+        "slots": np.array([5, -1, 191], np.int64),
+        "pool": pool(),
+    }
+    PAGES.store_rows(**{**arguments, **changes})
+
+
+def store_codes(**changes: Any) -> None:
+    arguments: dict[str, Any] = {
+        "codes": zeros(3, 2, 4, dtype=np.uint16),
+        "slots": np.array([5, -1, 191], np.int64),
+        "pool": pool(),
+    }
+    PAGES.store_codes(**{**arguments, **changes})
+
+
+TABLES = np.array([[0, 1, 2, 99], [3, 4, -1, 99]], np.int32)
+LENS = np.array([96, 40], np.int32)
+
+
+def seal(**changes: Any) -> int:
+    arguments: dict[str, Any] = {"block_tables": TABLES, "seq_lens": LENS, "pool": pool()}
+    return _C.LshIndex(PAGES, 3, 32).seal(**{**arguments, **changes})
+
+
+def sample(**changes: Any) -> list[list[np.ndarray]]:
+    arguments: dict[str, Any] = {
+        "index": INDEX,
+        "query_codes": zeros(2, 4, 4, dtype=np.uint16),
+        "block_tables": TABLES,
+        "seq_lens": LENS,
+        "min_matches": 2,
+        "sink_tokens": 4,
+        "window_tokens": 16,
+        "isa": ISA,
+        "pool": pool(),
+    }
+    return _C.sample(**{**arguments, **changes})
+
+
+def decode(**changes: Any) -> tuple[np.ndarray, int, int]:
+    arguments: dict[str, Any] = {
+        "pages": PAGES,
+        "index": INDEX,
+        "table": _C.InclusionTable(3, 4, 2),
+        "query": zeros(2, 4, 16),
+        "query_codes": zeros(2, 4, 4, dtype=np.uint16),
+        "center": zeros(2, 16),
+        "block_tables": TABLES,
+        "seq_lens": LENS,
+        "out": zeros(2, 4, 16),
+        "lse": zeros(2, 4),
+        "scale": 0.25,
+        "min_matches": 2,
+        "sink_tokens": 4,
+        "window_tokens": 16,
+        "exact_below": 0,
+        "isa": ISA,
+        "pool": pool(),
+    }
+    return _C.decode_attention(**{**arguments, **changes})
+
+
+def test_the_good_calls_that_the_bad_ones_vary() -> None:
+    store_rows()
+    store_codes()
+    assert seal() == 4
+    assert [len(heads) for heads in sample()] == [4, 4]
+    assert decode()[0].shape == (2, 4)
+    nothing = {"index": None, "table": None, "query_codes": None, "center": None}
+    assert decode(**nothing)[0].tolist() == [[-1] * 4] * 2
+    # Only whole rows of block tables need to be contiguous.
+    assert seal(block_tables=np.repeat(TABLES, 2, axis=0)[::2]) == 4
+    assert seal(block_tables=np.tile(TABLES, 2)[:, :4]) == 4
+
+
+def test_zero_of_everything() -> None:
+    none = {"block_tables": np.zeros((0, 4), np.int32), "seq_lens": np.zeros(0, np.int32)}
+    assert seal(**none) == 0
+    assert sample(**none, query_codes=zeros(0, 4, 4, dtype=np.uint16)) == []
+    empty = {"query": zeros(0, 4, 16), "out": zeros(0, 4, 16), "lse": zeros(0, 4)}
+    codes = zeros(0, 4, 4, dtype=np.uint16)
+    assert decode(**none, **empty, query_codes=codes)[0].shape == (0, 4)
+    no_tokens = {"block_tables": np.zeros((2, 0), np.int32), "seq_lens": np.zeros(2, np.int32)}
+    assert seal(**no_tokens) == 0
+    assert [[ids.size for ids in heads] for heads in sample(**no_tokens)] == [[0] * 4] * 2
+    out, lse = np.ones((2, 4, 16), np.float32), zeros(2, 4)
+    decode(**no_tokens, out=out, lse=lse)
+    assert not out.any()
+    assert np.isneginf(lse).all()
+    assert _C.pack_codes(zeros(0, 8), 4, ISA, pool()).shape == (0, 2)
+    pages = make_pages(memory=zeros(0, 2, CHUNK, dtype=np.uint8))
+    assert _C.LshIndex(pages, 3, 32).seal(**no_tokens, pool=pool()) == 0
+
+
+ROWS = [
+    (store_rows, {"slots": np.array([0, 1, 192], np.int64)}, r"slots\[2\] is 192"),
+    (store_rows, {"slots": np.array([0, -2, 3], np.int64)}, r"slots\[1\] is -2"),
+    (store_rows, {"slots": np.array([0, 1, 2], np.int32)}, "slots is int32"),
+    (store_rows, {"slots": np.arange(6)[::2]}, "slots .*not C-contiguous"),
+    (store_rows, {"slots": np.zeros((3, 1), np.int64)}, r"slots has shape \(3, 1\)"),
+    (store_rows, {"slots": np.arange(4)}, r"key has shape \(3, 2, 16\).* = 4"),
+    (store_rows, {"key": zeros(3, 2, 16, dtype=np.uint16)}, "key is uint16"),
+    (store_rows, {"key": zeros(3, 2, 16, dtype=np.float64)}, "key is float64"),
+    (store_rows, {"key": zeros(3, 2, 24)}, r"key has shape \(3, 2, 24\)"),
+    (store_rows, {"key": zeros(3, 2, 32)[:, :, ::2]}, "key has a stride of 8"),
+    (store_rows, {"value": zeros(3, 1, 16)}, r"value has shape \(3, 1, 16\)"),
+    (store_rows, {"value": zeros(2, 2, 16)}, r"value has shape \(2, 2, 16\)"),
+    (store_codes, {"codes": zeros(3, 2, 5, dtype=np.uint16)}, r"codes has shape \(3, 2, 5\)"),
+    (store_codes, {"codes": zeros(3, 2, 4, dtype=np.int16)}, "codes is int16"),
+    (store_codes, {"codes": zeros(3, 2, 8, dtype=np.uint16)[:, :, ::2]}, "not C-contiguous"),
+    (store_codes, {"slots": np.array([0, 1, 500], np.int64)}, r"slots\[2\] is 500"),
+]
+LAYOUTS = [
+    (make_pages, {"row_dtype": "float64"}, "float64"),
+    (make_pages, {"block_size": 48}, "48"),
+    (make_pages, {"block_size": 0}, "block_size is 0"),
+    (make_pages, {"head_size": 12}, "12"),
+    (make_pages, {"head_size": 264}, "264"),
+    (make_pages, {"num_tables": 256}, "256"),
+    (make_pages, {"num_tables": -1}, "-1"),
+    (make_pages, {"num_tables": 5}, f"{CHUNK} bytes.*{CHUNK + 64}"),
+    (make_pages, {"memory": zeros(6, 2, CHUNK)}, "memory is float32"),
+    (make_pages, {"memory": zeros(6, CHUNK, dtype=np.uint8)}, r"memory has shape \(6,"),
+    (make_pages, {"memory": zeros(6, 0, CHUNK, dtype=np.uint8)}, "num_kv_heads is 0"),
+    (make_pages, {"memory": zeros(6, 2, CHUNK + 1, dtype=np.uint8)}, f"{CHUNK + 1} bytes"),
+    (make_pages, {"memory": zeros(12, 2, CHUNK, dtype=np.uint8)[::2]}, "not C-contiguous"),
+    (make_pages, {"memory": read_only(zeros(6, 2, CHUNK, dtype=np.uint8))}, "read-only"),
+    (make_pages, {"memory": misaligned(zeros(6, 2, CHUNK, dtype=np.uint8))}, "odd address"),
+]
+BATCHES = [
+    ({"seq_lens": np.array([96, -1], np.int32)}, r"seq_lens\[1\] is -1"),
+    ({"seq_lens": np.array([129, 40], np.int32)}, r"seq_lens\[0\] is 129"),
+    ({"seq_lens": np.array([97, 40], np.int32)}, r"block_tables\[0, 3\] is 99"),
+    ({"seq_lens": np.array([96, 65], np.int32)}, r"block_tables\[1, 2\] is -1"),
+    ({"seq_lens": np.array([96], np.int32)}, r"seq_lens has shape \(1\)"),
+    ({"seq_lens": np.array([96, 40])}, "seq_lens is int64"),
+    ({"block_tables": TABLES[0]}, r"block_tables has shape \(4\)"),
+    ({"block_tables": TABLES.astype(np.int64)}, "block_tables is int64"),
+    ({"block_tables": np.repeat(TABLES, 2, axis=1)[:, ::2]}, "block_tables has strides"),
+    ({"block_tables": misaligned(TABLES)}, "block_tables is not aligned"),
+]
+RULES = [
+    ({"query_codes": np.full((2, 4, 4), 8, np.uint16)}, "query_codes holds 8"),
+    ({"query_codes": zeros(2, 4, 5, dtype=np.uint16)}, r"query_codes has shape \(2, 4, 5\)"),
+    ({"query_codes": zeros(2, 4, 4, dtype=np.int32)}, "query_codes is int32"),
+    ({"min_matches": 0}, "min_matches is 0"),
+    ({"min_matches": 5}, "min_matches is 5"),
+    ({"sink_tokens": -1}, "sink_tokens is -1"),
+    ({"window_tokens": -1}, "window_tokens is -1"),
+    ({"isa": _C.Isa.avx512}, "isa is avx512"),
+]
+DECODES = [
+    ({"query": zeros(2, 4, 24)}, r"query has shape \(2, 4, 24\)"),
+    ({"query": zeros(1, 4, 16)}, r"query has shape \(1, 4, 16\)"),
+    ({"query": zeros(2, 3, 16)}, "num_q_heads is 3"),
+    ({"query": zeros(2, 0, 16)}, "num_q_heads is 0"),
+    ({"query": zeros(2, 130, 16)}, "num_q_heads is 130"),
+    ({"query": zeros(2, 4, 16, dtype=np.float64)}, "query is float64"),
+    ({"query": zeros(4, 4, 16)[::2]}, "query .*not C-contiguous"),
+    ({"query": misaligned(zeros(2, 4, 16))}, "query is not aligned"),
+    ({"query_codes": zeros(2, 2, 4, dtype=np.uint16)}, r"query_codes has shape \(2, 2, 4\)"),
+    ({"center": zeros(1, 16)}, r"center has shape \(1, 16\)"),
+    ({"out": zeros(2, 4, 8)}, r"out has shape \(2, 4, 8\)"),
+    ({"out": read_only(zeros(2, 4, 16))}, "out .*read-only"),
+    ({"lse": zeros(2, 4, 1)}, r"lse has shape \(2, 4, 1\)"),
+    ({"lse": zeros(2, 8)[:, ::2]}, "lse .*not C-contiguous"),
+    ({"exact_below": -1}, "exact_below is -1"),
+    ({"table": None}, "3 are given"),
+    ({"index": None, "table": None}, "2 are given"),
+    ({"table": _C.InclusionTable(3, 4, 1)}, r"\(3, 4, 1\).*\(3, 4, 2\)"),
+    ({"table": _C.InclusionTable(4, 4, 2)}, r"\(4, 4, 2\).*\(3, 4, 2\)"),
+    ({"index": _C.LshIndex(make_pages(), 3, 32)}, "index belongs to other pages"),
+    ({"scale": float("nan")}, "scale is nan"),
+]
+OTHERS = [
+    (lambda: _C.resolve_isa("avx1024"), {}, '"avx1024".*auto, portable'),
+    (lambda: _C.resolve_isa("avx512"), {}, '"avx512"'),
+    (lambda: _C.LshIndex(PAGES, 0, 32), {}, "num_bits is 0"),
+    (lambda: _C.LshIndex(PAGES, 16, 32), {}, "num_bits is 16"),
+    (lambda: _C.LshIndex(PAGES, 3, 48), {}, "segment_tokens is 48"),
+    (lambda: _C.LshIndex(PAGES, 3, 0), {}, "segment_tokens is 0"),
+    (lambda: _C.LshIndex(PAGES, 3, 65_568), {}, "segment_tokens is 65568"),
+    (lambda: _C.LshIndex(make_pages(num_tables=0), 3, 32), {}, "num_tables = 0"),
+    (lambda: make_pages(num_tables=0).load_codes(zeros(1, dtype=np.int64)), {}, "num_tables = 0"),
+    (lambda: PAGES.load_codes(np.array([3, -1], np.int64)), {}, r"slots\[1\] is -1"),
+    (lambda: PAGES.load_codes(np.array([192], np.int64)), {}, r"slots\[0\] is 192"),
+    (lambda: PAGES.epoch(6), {}, "block is 6"),
+    (lambda: PAGES.epoch(-1), {}, "block is -1"),
+    (lambda: INDEX.count_sealed(TABLES[0], 97), {}, r"block_table\[3\] is 99"),
+    (lambda: INDEX.count_sealed(TABLES[0], 129), {}, "num_tokens is 129"),
+    (lambda: INDEX.count_sealed(TABLES[0], -1), {}, "num_tokens is -1"),
+    (lambda: INDEX.count_sealed(TABLES, 1), {}, "block_table has shape"),
+    (lambda: _C.InclusionTable(0, 4, 1), {}, "num_bits is 0"),
+    (lambda: _C.InclusionTable(3, 256, 1), {}, "num_tables is 256"),
+    (lambda: _C.InclusionTable(3, 4, 5), {}, "min_matches is 5"),
+    (lambda: _C.InclusionTable(3, 4, 1).log_u(zeros(2, 2), ISA), {}, r"cosine has shape \(2, 2\)"),
+    (lambda: _C.InclusionTable(3, 4, 1).log_u(zeros(2), _C.Isa.avx512), {}, "isa is avx512"),
+    (lambda: _C.pack_codes(zeros(2, 9), 4, ISA, pool()), {}, "projections has 9 columns"),
+    (lambda: _C.pack_codes(zeros(2, 0), 4, ISA, pool()), {}, "num_tables is 0"),
+    (lambda: _C.pack_codes(zeros(2, 256), 1, ISA, pool()), {}, "num_tables is 256"),
+    (lambda: _C.pack_codes(zeros(2, 8), 16, ISA, pool()), {}, "num_bits is 16"),
+    (lambda: _C.pack_codes(zeros(8), 4, ISA, pool()), {}, r"projections has shape \(8\)"),
+]
+BAD = [
+    *LAYOUTS,
+    *ROWS,
+    *((call, change, text) for call in (seal, sample, decode) for change, text in BATCHES),
+    *((call, change, text) for call in (sample, decode) for change, text in RULES),
+    *((decode, change, text) for change, text in DECODES),
+    *OTHERS,
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "change", "text"), BAD, ids=[f"{i}-{text}" for i, (_, _, text) in enumerate(BAD)]
+)
+def test_bad_input_is_named(call: Callable[..., Any], change: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text) as refusal:
+        call(**change)
+    sentence = str(refusal.value)
+    assert sentence[0].isalpha()
+    assert sentence.endswith(".")
+    assert ";" in sentence, "what to do follows what is wrong"
+
+
+def test_sampling_works_after_all_of_that() -> None:
+    assert [len(heads) for heads in sample()] == [4, 4]
+
+
+def test_lists_are_not_taken_for_arrays() -> None:
+    """They would be copied, and what is written into a copy is lost."""
+    with pytest.raises(TypeError):
+        decode(out=zeros(2, 4, 16).tolist())
+
+
+def test_the_isa_has_its_names() -> None:
+    assert _C.resolve_isa("portable") is not None
+    assert _C.resolve_isa("portable").name == "portable"
+    assert _C.resolve_isa("auto").name in ("portable", "avx2")

@@ -1,0 +1,92 @@
+"""The thread pool: where its threads run, and what fork leaves of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+
+from vllm_magicpig import _C
+
+CPUS = sorted(os.sched_getaffinity(0))
+
+
+def run(script: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def masks_of_new_threads(cpus: list[int]) -> list[set[int]]:
+    """Affinity of each thread that a pool of these CPUs starts."""
+    before = set(os.listdir("/proc/self/task"))
+    pool = _C.ThreadPool(cpus)
+    assert pool.num_threads == len(cpus)
+    started = set(os.listdir("/proc/self/task")) - before
+    return [set(os.sched_getaffinity(int(tid))) for tid in started]
+
+
+def test_threads_are_pinned_and_the_caller_is_not() -> None:
+    own = os.sched_getaffinity(0)
+    masks = masks_of_new_threads([CPUS[0], CPUS[-1], CPUS[0]])
+    assert sorted(map(min, masks)) == sorted([CPUS[-1], CPUS[0]])
+    assert all(len(mask) == 1 for mask in masks)
+    assert os.sched_getaffinity(0) == own
+
+
+@pytest.mark.skipif(len(CPUS) < 2, reason="this process may use one CPU only")
+def test_a_bound_creator_does_not_bind_the_threads() -> None:
+    masks: list[set[int]] = []
+
+    def create() -> None:
+        os.sched_setaffinity(0, {CPUS[0]})  # of this thread
+        masks.extend(masks_of_new_threads([CPUS[0], CPUS[1]]))
+
+    thread = threading.Thread(target=create)
+    thread.start()
+    thread.join()
+    assert masks == [{CPUS[1]}]
+
+
+def test_a_forked_child_is_told_and_neither_hangs_nor_crashes() -> None:
+    script = f"""
+        import os, time
+        import numpy as np
+        from vllm_magicpig import _C
+
+        pool = _C.ThreadPool([{CPUS[0]}, {CPUS[-1]}])
+        x = np.ones((1000, 8), np.float32)
+        isa = _C.resolve_isa("auto")
+        _C.pack_codes(x, 4, isa, pool)
+        time.sleep(0.1)  # the worker sleeps now
+        child = os.fork()
+        if child == 0:
+            try:
+                _C.pack_codes(x, 4, isa, pool)
+            except RuntimeError as error:
+                assert "fork" in str(error)
+                del pool, error
+                _C.pack_codes(x, 4, isa, _C.ThreadPool([{CPUS[0]}, {CPUS[-1]}]))
+                os._exit(7)
+            os._exit(1)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), int(_C.pack_codes(x, 4, isa, pool).sum()))
+    """
+    assert run(script).split() == ["7", "30000"]
+
+
+def test_a_missing_cpu_is_named() -> None:
+    for cpus in ([4095], [CPUS[0], 4095], [-1], [100_000]):
+        with pytest.raises(ValueError, match=rf"CPU {cpus[-1]} "):
+            _C.ThreadPool(cpus)
+    with pytest.raises(ValueError, match="empty"):
+        _C.ThreadPool([])
