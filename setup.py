@@ -14,7 +14,14 @@ setup(
             cxx_std=17,
             # No -march: each instruction set is compiled behind a target pragma and chosen at run
             # time, so one wheel runs on every x86-64 CPU. -fno-math-errno lets sqrt vectorise.
-            extra_compile_args=["-O3", "-Wall", "-Wextra", "-Werror", "-fno-math-errno", "-pthread"],
+            extra_compile_args=[
+                "-O3",
+                "-Wall",
+                "-Wextra",
+                "-Werror",
+                "-fno-math-errno",
+                "-pthread",
+            ],
             extra_link_args=["-pthread"],
         )
     ]

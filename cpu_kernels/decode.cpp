@@ -12,7 +12,7 @@
 namespace magicpig {
 namespace {
 
-/// Row pointers gathered before they are attended to; a multiple of the kernel's tile.
+/// Static rows gathered before they are attended to; a multiple of the kernel's tile.
 constexpr int kRowBatch = 1024;
 
 // Parts are small enough that one request of 8K fills the cores, and few enough that merging a long
@@ -223,6 +223,7 @@ class Step {
   struct alignas(128) Scratch {
     Lookup lookup;
     std::vector<const uint8_t*> rows;
+    std::vector<int> first_row;  // of each query head, and the end
     uint64_t lookup_ns = 0;
     uint64_t attention_ns = 0;
   };
@@ -242,7 +243,6 @@ class Step {
 
   void run_task(const Task& task, Scratch& scratch) {
     const Plan& plan = plans_[task.request];
-    scratch.rows.resize(kRowBatch);
     Partial* partials = &partials_[partial_index(task)];
     float* acc = &acc_[partial_index(task) * head_size_];
     std::fill(partials, partials + group_, Partial{{kNoMax, 0.0f}, 0});
@@ -261,9 +261,10 @@ class Step {
       look_up(pages_, plan, task.kv_head, part,
               rule.query_codes + first_query_head(task.request, task.kv_head) * num_tables,
               static_cast<int>(group_), rule.min_matches, stretch, kernels_, scratch.lookup);
+      gather_rows(task, plan, part, scratch);
       found = Clock::now();
       for (size_t head = 0; head < group_; ++head)
-        attend_sampled(task, plan, part, head, partials[head], acc + head * head_size_, scratch);
+        attend_sampled(task, head, partials[head], acc + head * head_size_, scratch);
     }
     const Clock::time_point end = Clock::now();
     scratch.lookup_ns += nanoseconds(found - start);
@@ -274,10 +275,12 @@ class Step {
   void attend_static(const Task& task, const Plan& plan, Partial* partials, float* acc,
                      Scratch& scratch) {
     std::vector<Softmax> softmax(group_, Softmax{kNoMax, 0.0f});
-    AttendArgs args = attend_args(task, 0, scratch);
+    AttendArgs args = attend_args(task, 0);
     args.num_heads = static_cast<int>(group_);
     args.softmax = softmax.data();
     args.acc = acc;
+    scratch.rows.resize(kRowBatch);
+    args.rows = scratch.rows.data();
     const int begin = task.part * plan.static_part_rows;
     const int end = std::min(begin + plan.static_part_rows, plan.num_static_rows());
     for (int i = begin; i < end; i += kRowBatch) {
@@ -289,10 +292,22 @@ class Step {
     for (size_t head = 0; head < group_; ++head) partials[head].softmax = softmax[head];
   }
 
-  /// One query head over the rows that it sampled in a part.
-  void attend_sampled(const Task& task, const Plan& plan, TokenRange part, size_t head,
-                      Partial& partial, float* acc, Scratch& scratch) {
-    AttendArgs args = attend_args(task, head, scratch);
+  /// The rows that the group's heads sampled in a part, head after head.
+  void gather_rows(const Task& task, const Plan& plan, TokenRange part, Scratch& scratch) {
+    scratch.rows.clear();
+    scratch.first_row.assign(1, 0);
+    for (size_t head = 0; head < group_; ++head) {
+      for_each_match(plan, part, scratch.lookup, static_cast<int>(head), [&](int token) {
+        scratch.rows.push_back(pages_.row(plan.blocks, task.kv_head, token));
+      });
+      scratch.first_row.push_back(static_cast<int>(scratch.rows.size()));
+    }
+  }
+
+  /// One query head over its rows of scratch.
+  void attend_sampled(const Task& task, size_t head, Partial& partial, float* acc,
+                      const Scratch& scratch) {
+    AttendArgs args = attend_args(task, head);
     const float* center = input_.center + static_cast<size_t>(task.kv_head) * head_size_;
     double norm = 0.0, dot = 0.0;
     for (size_t d = 0; d < head_size_; ++d) {
@@ -301,28 +316,23 @@ class Step {
     }
     const Weighting weighting = {input_.table, center, static_cast<float>(std::sqrt(norm)),
                                  static_cast<float>(dot)};
+    const int end = scratch.first_row[head + 1];
+    args.rows = scratch.rows.data() + scratch.first_row[head];
+    args.num_rows = end - scratch.first_row[head];
+    args.num_rows_ahead = static_cast<int>(scratch.rows.size()) - end;
     args.num_heads = 1;
     args.weighting = &weighting;
     args.softmax = &partial.softmax;
     args.acc = acc;
-    const auto flush = [&] {
-      if (args.num_rows > 0) kernels_.attend(args);
-      partial.rows += args.num_rows;
-      args.num_rows = 0;
-    };
-    for_each_match(plan, part, scratch.lookup, static_cast<int>(head), [&](int token) {
-      scratch.rows[args.num_rows++] = pages_.row(plan.blocks, task.kv_head, token);
-      if (args.num_rows == kRowBatch) flush();
-    });
-    flush();
+    kernels_.attend(args);
+    partial.rows = args.num_rows;
   }
 
-  AttendArgs attend_args(const Task& task, size_t head, const Scratch& scratch) const {
+  AttendArgs attend_args(const Task& task, size_t head) const {
     AttendArgs args = {};
     args.row_type = pages_.layout().row_type;
     args.head_size = pages_.layout().head_size;
     args.scale = input_.scale;
-    args.rows = scratch.rows.data();
     args.queries =
         input_.query + (first_query_head(task.request, task.kv_head) + head) * head_size_;
     return args;

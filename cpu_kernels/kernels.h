@@ -33,6 +33,7 @@ struct AttendArgs {
   float scale;
   const uint8_t* const* rows;  // K, then V
   int num_rows;
+  int num_rows_ahead;    // pointers behind those, which the caller attends to next: prefetched only
   const float* queries;  // [num_heads][head_size]
   int num_heads;
   const Weighting* weighting;  // null: every row has u = 1; else num_heads is 1

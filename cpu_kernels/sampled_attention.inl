@@ -365,8 +365,8 @@ inline void attend_rows(const AttendArgs& args) {
     prefetch_row(args.rows[r], row_bytes);
   for (int r = 0; r < args.num_rows; r += kTileRows) {
     const uint8_t* const* rows = args.rows + r;
-    const int left = args.num_rows - r;
-    const int num_rows = smaller(kTileRows, left);
+    const int num_rows = smaller(kTileRows, args.num_rows - r);
+    const int left = args.num_rows - r + args.num_rows_ahead;
     if (args.weighting != nullptr) {
       attend_tile<Element, 1, true>(args, 0, rows, num_rows, left);
       continue;

@@ -1,8 +1,9 @@
 // The vectors of sampled_attention.inl: one small vocabulary, written once per instruction set.
 //
-// Included by sampled_attention.inl, inside the namespace of an ISA and after its target pragma: hence no includes and
-// no include guard. Another ISA adds a branch that defines the same names (kLanes may differ: the
-// .inl walks arrays in steps of kLanes and passes the number of valid lanes at ragged ends).
+// Included by sampled_attention.inl, inside the namespace of an ISA and after its target pragma:
+// hence no includes and no include guard. Another ISA adds a branch that defines the same names
+// (kLanes may differ: the .inl walks arrays in steps of kLanes and passes the number of valid lanes
+// at ragged ends).
 
 /// Row elements, by the name of their type.
 struct Float32 {

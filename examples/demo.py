@@ -57,7 +57,9 @@ class Answer:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="Hugging Face name or local folder; default: built-in model")
+    parser.add_argument(
+        "--model", help="Hugging Face name or local folder; default: built-in model"
+    )
     parser.add_argument("--logs", type=Path, default=Path(".logs"), help="folder of server logs")
     arguments = parser.parse_args()
     started = time.monotonic()

@@ -20,7 +20,9 @@ LENGTHS = (512, 1024, 3000, 8000)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="Hugging Face name or local folder; default: built-in model")
+    parser.add_argument(
+        "--model", help="Hugging Face name or local folder; default: built-in model"
+    )
     model = parser.parse_args().model or str(recall_model.build(Path(".models") / "recall"))
 
     llm = LLM(

@@ -7,7 +7,13 @@ from typing import Any
 
 _SUBJECTS = ("The river", "A merchant", "The old mill", "Her brother", "The garden", "A letter")
 _VERBS = ("crossed", "remembered", "waited for", "described", "passed", "followed")
-_OBJECTS = ("the quiet valley", "the northern road", "a small harbour", "the winter market", "a song")
+_OBJECTS = (
+    "the quiet valley",
+    "the northern road",
+    "a small harbour",
+    "the winter market",
+    "a song",
+)
 _WORDS = ("walnut", "river", "candle", "anchor", "velvet", "thunder", "copper", "meadow", "lantern")
 
 

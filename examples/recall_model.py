@@ -113,7 +113,7 @@ NORM2 = 160.0
 ROPE_THETA = 1e30
 NEIGHBOUR_PAIRS = 12
 FIRST_STILL_PAIR = 15
-# Score of the previous token in layer 0. At 400 the token itself comes second, 17 nats below; every
+# Score of the previous token in layer 0. At 400 its own neighbours come next, 17 nats below; every
 # other token up to MAX_LENGTH away is at least 55 nats below.
 NEIGHBOUR_SCORE = 400.0
 
@@ -140,8 +140,8 @@ COUNT_KEY = 0.33
 COUNT_NOISE = 0.45
 COUNT_TURN = 0.9
 TURNING_PAIRS = 5
-COUNT_STRAY = 0.4  # part of COUNT's query in each head's own direction: spreads scores by 0.2 nats
-# Score of the sink at all other tokens, 28 nats above each of the rest, which are exp(12.5) at most.
+COUNT_STRAY = 0.4  # part of COUNT's query in each head's own direction: 0.2 nats of spread
+# Score of the sink at all other tokens: 28 nats above each of the rest, at most exp(12.5) keys.
 COUNT_REST = 14.0
 COUNT_LEAN = 1.0  # score of the sink at COUNT
 LOGIT = 40.0  # of a word recalled with certainty
@@ -473,7 +473,7 @@ class Loop:
         return next((i for i, answer in enumerate(answers) if answer != self.tally), len(answers))
 
 
-# Occurrences of `tally` in the prompt: x draws level after about 240 / (15 - 1) rounds of 16 tokens.
+# Occurrences of `tally` in the prompt: x draws level after about 240 / (15 - 1) rounds of 16 words.
 LOOP_TALLY = 240
 
 

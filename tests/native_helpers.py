@@ -78,9 +78,7 @@ class Layer:
         # Poison: what was never written must never show. And 2 bytes more than needed, so that no
         # chunk but the first is aligned.
         self.memory = np.full((self.num_blocks, self.num_kv_heads, size + 2), 0xA5, np.uint8)
-        self.pages = _C.Pages(
-            self.memory, name, self.block_size, self.head_size, self.num_tables
-        )
+        self.pages = _C.Pages(self.memory, name, self.block_size, self.head_size, self.num_tables)
         self.index = _C.LshIndex(self.pages, self.num_bits, self.segment_tokens)
 
     def slots(self, blocks: npt.ArrayLike, start: int, stop: int) -> npt.NDArray[np.int64]:

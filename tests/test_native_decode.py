@@ -226,9 +226,7 @@ def test_instruction_sets_agree(dtype: torch.dtype) -> None:
 def test_nothing_sampled_and_nothing_static_is_empty(isa: _C.Isa) -> None:
     batch = Batch(Layer(4), group=2, lengths=[100, 0])
     batch.query_codes = 7 - batch.codes[0][0, 0].expand(2, 2, 8)
-    batch.layer.store_codes(
-        batch.tables[0, :4], 0, batch.codes[0][:, :1].expand(1, 100, 8)
-    )
+    batch.layer.store_codes(batch.tables[0, :4], 0, batch.codes[0][:, :1].expand(1, 100, 8))
     out, lse, rows = batch.decode(isa, Rule(1, 0, 0))
     assert rows.tolist() == [[0, 0], [0, 0]]
     assert out.abs().max() == 0

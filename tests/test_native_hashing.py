@@ -61,9 +61,7 @@ SETTINGS = [
 
 @each_isa
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_log_u_is_within_1e_5_of_the_reference(
-    isa: _C.Isa, setting: tuple[int, int, int]
-) -> None:
+def test_log_u_is_within_1e_5_of_the_reference(isa: _C.Isa, setting: tuple[int, int, int]) -> None:
     """Of max(1, |log u|), over all cosines: a fine grid, and finer towards both ends."""
     near_one = 1 - np.logspace(-7.2, -2, 2000)
     cosine = np.concatenate([np.linspace(-1, 1, 20001), near_one, -near_one, [0.0, -0.0]])

@@ -117,9 +117,7 @@ def test_the_threshold_is_exact(isa: _C.Isa, min_matches: int) -> None:
         layer = Layer(num_blocks=7, num_tables=40)
         rule = Rule(min_matches)
         grow_and_check(layer, codes, query_codes, [130, 200], [rule], isa)
-        (found,) = layer.sample(
-            query_codes[None], [shuffled_blocks(7, seed=200)], [200], rule, isa
-        )
+        (found,) = layer.sample(query_codes[None], [shuffled_blocks(7, seed=200)], [200], rule, isa)
         assert len(found[0]) == size
 
 

@@ -40,9 +40,7 @@ class Engine:
 
     def codes(self, num_tokens: int) -> torch.Tensor:
         shape = (HEADS, num_tokens, NUM_TABLES)
-        return torch.randint(
-            0, NUM_CODES, shape, generator=self.generator, dtype=torch.int32
-        )
+        return torch.randint(0, NUM_CODES, shape, generator=self.generator, dtype=torch.int32)
 
     def append(self, request: Request, codes: torch.Tensor) -> None:
         """As far as blocks last. The last block freed is the first to be used again."""

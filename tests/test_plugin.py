@@ -81,7 +81,9 @@ def test_where_vllm_skips_platform_plugins_the_name_is_unknown_rather_than_ignor
     result = run(code, VLLM_TARGET_DEVICE="cpu")
     assert result.returncode != 0
     assert "Unknown attention backend: 'MAGICPIG'" in result.stderr
-    assert "VLLM_TARGET_DEVICE=cpu makes vLLM skip platform plugins" in result.stderr + result.stdout
+    assert (
+        "VLLM_TARGET_DEVICE=cpu makes vLLM skip platform plugins" in result.stderr + result.stdout
+    )
 
 
 def configure(model: str, **arguments: Any) -> tuple[str, str]:
@@ -120,7 +122,9 @@ def test_with_another_backend_an_installed_plugin_changes_nothing(tiny_model: st
     )
     with_plugin, without = (output(code, **env) for env in ({}, {"VLLM_PLUGINS": ""}))
     assert with_plugin.splitlines()[-1] == without.splitlines()[-1]
-    assert without.splitlines()[-1].count("('CPUAttentionBackend', 'vllm.v1.worker.cpu_worker.") == 2
+    assert (
+        without.splitlines()[-1].count("('CPUAttentionBackend', 'vllm.v1.worker.cpu_worker.") == 2
+    )
 
 
 def test_choosing_it_changes_worker_and_backend(tiny_model: str) -> None:

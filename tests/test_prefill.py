@@ -8,7 +8,9 @@ import torch
 from vllm_magicpig.prefill import attend_chunk
 
 
-def whole(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+def whole(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
     """float64 causal attention of the last len(query) tokens: [num_tokens, num_q_heads, head_size]."""
     group = query.shape[1] // key.shape[1]
     q = query.double().transpose(0, 1)

@@ -50,7 +50,9 @@ def test_inclusion_probability_keeps_its_precision_at_both_ends() -> None:
     p = torch.tensor([0.05], dtype=torch.float64)
     x = (p**10).item()
     leading = math.log(math.comb(150, 2)) + 2 * math.log(x)
-    assert reference.log_inclusion_probability(p, 10, 150, 2).item() == pytest.approx(leading, abs=1e-9)
+    assert reference.log_inclusion_probability(p, 10, 150, 2).item() == pytest.approx(
+        leading, abs=1e-9
+    )
     ends = reference.log_inclusion_probability(torch.tensor([0.0, 1.0]), 10, 150, 2)
     assert ends.tolist() == [reference.LOG_U_FLOOR, 0.0]
     assert torch.all(reference.log_inclusion_probability(torch.rand(50), 4, 30, 3) <= 0)

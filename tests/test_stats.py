@@ -39,7 +39,11 @@ def test_percentiles_cover_recent_heads_only() -> None:
 
 def test_nothing_served_yet() -> None:
     summary = summarise(
-        [LayerStats()], [PageUse(0, 0, 0, 0, 0)], dense_layers=0, centers_frozen=0, threads=1,
+        [LayerStats()],
+        [PageUse(0, 0, 0, 0, 0)],
+        dense_layers=0,
+        centers_frozen=0,
+        threads=1,
         isa="portable",
     )
     assert summary.sampled_rows_p99 == summary.sampled_fraction == 0

@@ -7,9 +7,12 @@ Every function that does work releases the GIL.
 """
 
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+Rows: TypeAlias = npt.NDArray[Any]  # of row dtype
 
 class Isa:
     """Instruction set of the kernels."""
@@ -57,7 +60,7 @@ class Pages:
     def chunk_bytes(row_dtype: str, block_size: int, head_size: int, num_tables: int) -> int:
         """Smallest chunk that holds such a page of one kv head."""
     def store_rows(
-        self, key: npt.NDArray, value: npt.NDArray, slots: npt.NDArray[np.int64], pool: ThreadPool
+        self, key: Rows, value: Rows, slots: npt.NDArray[np.int64], pool: ThreadPool
     ) -> None:
         """Writes rows; a write to offset 0 of a block starts a new write epoch of that block.
 

@@ -32,7 +32,7 @@ def register() -> Any:
     if obstacle is not None:
         logger.warning("Attention backend %s is not available: %s", BACKEND_NAME, obstacle)
         return None
-    register_backend(BACKEND_NAME, BACKEND_PATH)  # type: ignore[arg-type]
+    register_backend(BACKEND_NAME, BACKEND_PATH)
     member = AttentionBackendEnum[BACKEND_NAME]
     # An enum member pickles as EnumClass(value). A spawned child unpickles its configuration
     # before it loads plugins, when that value is unknown there, so this member pickles as the call

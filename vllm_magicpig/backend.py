@@ -30,7 +30,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from vllm_magicpig import BACKEND_NAME, _C
+from vllm_magicpig import _C, BACKEND_NAME
 from vllm_magicpig.config import MagicPigOptions, parse_options
 from vllm_magicpig.decode import DecodeKernel
 from vllm_magicpig.host_pages import HostPages, content_bytes
@@ -244,7 +244,9 @@ class MagicPigImpl(AttentionImpl[Step]):
         """query, output: [num_tokens, num_heads, head_size]; key, value: [num_tokens, num_kv_heads,
         head_size]; rows past the step's num_tokens are padding and left alone."""
         if output_scale is not None or output_block_scale is not None:
-            raise NotImplementedError("magicpig writes unquantised output; disable fused quantisation.")
+            raise NotImplementedError(
+                "magicpig writes unquantised output; disable fused quantisation."
+            )
         step, bound = attn_metadata, self._bound
         if step is None or bound is None or step.is_dummy:
             return output.zero_()
@@ -260,8 +262,8 @@ class MagicPigImpl(AttentionImpl[Step]):
                 query[tokens], key[tokens], value[tokens], context, self.scale
             )
         if step.decode_rows.size:
-            tokens = torch.from_numpy(step.decode_tokens)
-            output[tokens] = bound.kernel.attend(query[tokens], step).to(output.dtype)
+            decoding = torch.from_numpy(step.decode_tokens)
+            output[decoding] = bound.kernel.attend(query[decoding], step).to(output.dtype)
         return output
 
     def _store(self, bound: _Bound, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
@@ -313,7 +315,7 @@ def _make_dense(layer: Any, impl_args: tuple[Any, ...]) -> None:
 def _first_kv_head(config: VllmConfig, num_kv_heads: int) -> int:
     """Index of this rank's first kv head among the model's, for calibration files."""
     parallel = config.parallel_config
-    total = config.model_config.get_total_num_kv_heads()
-    tensor_rank = parallel.rank % parallel.tensor_parallel_size
+    total: int = config.model_config.get_total_num_kv_heads()
+    tensor_rank: int = parallel.rank % parallel.tensor_parallel_size
     ranks_per_head = max(1, parallel.tensor_parallel_size // total)  # heads are replicated past it
     return tensor_rank // ranks_per_head * num_kv_heads

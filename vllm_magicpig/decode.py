@@ -38,7 +38,7 @@ class DecodeKernel:
         started = time.perf_counter_ns()
         q = query.float().contiguous()
         out = torch.empty_like(q)
-        lse = torch.empty(q.shape[:2])
+        lse = q.new_empty(q.shape[:2])
         seq_lens = step.seq_lens[step.decode_rows]
 
         codes = index = table = center = None

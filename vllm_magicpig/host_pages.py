@@ -31,7 +31,10 @@ class HostPages:
         num_blocks, num_kv_heads, self.block_size, _ = kv_cache.shape
         chunks = kv_cache.flatten(2)
         row_elements = self.block_size * 2 * head_size
-        self._rows = chunks[:, :, :row_elements].unflatten(2, (self.block_size, 2 * head_size))
+        # A view: only the last dimension is split.
+        self._rows = chunks[:, :, :row_elements].view(
+            num_blocks, num_kv_heads, self.block_size, 2 * head_size
+        )
         self._head_size = head_size
         self.num_blocks, self.num_kv_heads = num_blocks, num_kv_heads
         self.native = _C.Pages(
@@ -55,7 +58,7 @@ class HostPages:
     def gather(
         self, block_table: npt.NDArray[np.int32], start: int, stop: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies (keys, values), each [num_kv_heads, stop - start, head_size], of a request's tokens."""
+        """Copies a request's (keys, values), each [num_kv_heads, stop - start, head_size]."""
         first = start // self.block_size
         blocks = torch.from_numpy(block_table[first : -(-stop // self.block_size)]).long()
         rows = self._rows.transpose(0, 1).index_select(1, blocks).flatten(1, 2)
@@ -73,7 +76,8 @@ class HostPages:
         """Copies the keys in these slots: [num_slots, num_kv_heads, head_size]."""
         index = torch.from_numpy(slots)
         blocks = torch.div(index, self.block_size, rounding_mode="floor")
-        return self._rows[blocks, :, index % self.block_size, : self._head_size]
+        keys: torch.Tensor = self._rows[blocks, :, index % self.block_size, : self._head_size]
+        return keys
 
 
 def _row_bits(rows: torch.Tensor) -> npt.NDArray[np.generic]:

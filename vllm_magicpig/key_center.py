@@ -21,7 +21,9 @@ MIN_KEYS = 512
 class KeyCenter:
     """value: float32 [num_kv_heads, head_size] once frozen, None before."""
 
-    def __init__(self, source: str, layer_index: int, first_kv_head: int, num_kv_heads: int) -> None:
+    def __init__(
+        self, source: str, layer_index: int, first_kv_head: int, num_kv_heads: int
+    ) -> None:
         """source: "first_prompt", "none" or a calibration file; the heads are this rank's."""
         self._heads = (first_kv_head, num_kv_heads)
         self._layer_index = layer_index
@@ -34,7 +36,7 @@ class KeyCenter:
         if self._source == "first_prompt":
             return
         if self._source == "none":
-            self.value = torch.zeros(count, head_size)
+            self.value = torch.zeros(count, head_size, dtype=torch.float32)
             return
         all_heads = load_centers(self._source).get(self._layer_index)
         if all_heads is None or all_heads.shape[0] < first + count:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from vllm_magicpig import _C
@@ -75,7 +74,8 @@ class LshIndex:
             return
 
     def _backfill(self) -> None:
-        assert self._uncoded is not None and self.center.value is not None
+        assert self._uncoded is not None
+        assert self.center.value is not None
         slots = np.flatnonzero(self._uncoded)
         for start in range(0, len(slots), _SLOTS_PER_BACKFILL):
             some = slots[start : start + _SLOTS_PER_BACKFILL]
@@ -86,7 +86,9 @@ class LshIndex:
     def _seal(self, step: Step) -> None:
         """Only requests that are long enough to be sampled are worth an index."""
         rows = [
-            row for row, length in enumerate(step.seq_lens.tolist()) if self._options.samples(length)
+            row
+            for row, length in enumerate(step.seq_lens.tolist())
+            if self._options.samples(length)
         ]
         if rows:
             self.native.seal(

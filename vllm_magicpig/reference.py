@@ -32,9 +32,10 @@ def hash_codes(vectors: torch.Tensor, directions: torch.Tensor, num_bits: int) -
     directions: float [head_size, L * K]. Bit k of code l is set when projection l * K + k is > 0.
     Returns int32 [..., L], each below 2**K.
     """
-    signs = (vectors.to(directions.dtype) @ directions > 0).unflatten(-1, (-1, num_bits))
-    weights = 2 ** torch.arange(num_bits, dtype=torch.int32)
-    return (signs * weights).sum(-1, dtype=torch.int32)
+    projections = vectors.to(directions.dtype) @ directions
+    signs = (projections > 0).reshape(*vectors.shape[:-1], -1, num_bits)
+    bit_values = torch.tensor([1 << bit for bit in range(num_bits)], dtype=torch.int32)
+    return (signs * bit_values).sum(-1, dtype=torch.int32)
 
 
 def count_matches(query_codes: torch.Tensor, key_codes: torch.Tensor) -> torch.Tensor:

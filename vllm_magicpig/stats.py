@@ -121,7 +121,8 @@ def summarise(
     steps = max((layer.decode_steps for layer in layers), default=0)
 
     def us_per_step(name: str) -> float:
-        return sum(getattr(layer, name) for layer in layers) / 1e3 / max(steps, 1)
+        total_ns: int = sum(getattr(layer, name) for layer in layers)
+        return total_ns / 1e3 / max(steps, 1)
 
     def percentile(q: float) -> float:
         return float(np.percentile(recent, q)) if recent.size else 0.0

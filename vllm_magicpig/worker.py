@@ -21,7 +21,7 @@ logger = init_logger("vllm.magicpig.worker")
 LOG_INTERVAL_S = 10.0
 
 
-class MagicPigCPUWorker(CPUWorker):  # type: ignore[misc]
+class MagicPigCPUWorker(CPUWorker):
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         super().initialize_from_config(kv_cache_config)
         self._isa = _C.resolve_isa(self._options.isa)

@@ -58,10 +58,10 @@ def _run(llm: LLM) -> Run:
     repeated = generate(llm, mixed_prompts[2:5], params)
     cached_tokens = metric(llm, "vllm:prefix_cache_hits") - hits
     before = metric(llm, "vllm:num_preemptions")
-    crowded = generate(
-        llm, _prompts([300] * 29, seed=2), greedy(96, detokenize=False, logprobs=5)
+    crowded = generate(llm, _prompts([300] * 29, seed=2), greedy(96, detokenize=False, logprobs=5))
+    return Run(
+        mixed, repeated, crowded, cached_tokens, metric(llm, "vllm:num_preemptions") - before
     )
-    return Run(mixed, repeated, crowded, cached_tokens, metric(llm, "vllm:num_preemptions") - before)
 
 
 def _tokens(output: RequestOutput) -> list[int]:
@@ -82,7 +82,9 @@ def _assert_equal_tokens(ours: list[RequestOutput], dense: list[RequestOutput]) 
             if token == expected:
                 continue
             first, second = _logprob(b, step, expected), _logprob(b, step, token)
-            assert first is not None and second is not None and first - second < TIE, (
+            assert first is not None
+            assert second is not None
+            assert first - second < TIE, (
                 f"request {request} differs at token {step}: {token} for {expected}, whose "
                 f"log-probs under CPU_ATTN are {second} and {first}"
             )

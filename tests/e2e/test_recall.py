@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import recall_model
 from engines import engine, greedy
 from vllm import LLM
 
 from vllm_magicpig import _C
-
-import recall_model
 
 CHAIN_LENGTHS = (8192, 16384)
 NUM_QUESTIONS = 30
@@ -103,7 +102,9 @@ class SampleSpy:
 
     def __init__(self, every: int) -> None:
         self._every, self._calls = every, 0
-        self.positions: list[tuple[int, np.ndarray]] = []  # (context length, positions of all heads)
+        self.positions: list[
+            tuple[int, np.ndarray]
+        ] = []  # (context length, positions of all heads)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         original = _C.decode_attention

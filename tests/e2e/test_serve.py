@@ -6,7 +6,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 import recall_model
 from serving import VllmServer
 
@@ -50,5 +49,8 @@ def test_a_wrong_option_ends_the_start_with_its_sentence(tmp_path: Path) -> None
     server = VllmServer(
         model, "magicpig", *ARGUMENTS, options={"Q": 3}, log_path=tmp_path / "serve.log"
     )
-    with pytest.raises(RuntimeError, match="magicpig option 'Q' is unknown; allowed are K, L"), server:
+    with (
+        pytest.raises(RuntimeError, match="magicpig option 'Q' is unknown; allowed are K, L"),
+        server,
+    ):
         pass
