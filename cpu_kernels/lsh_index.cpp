@@ -1,10 +1,20 @@
 // Codes of vectors, and the buckets of sealed segments.
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
+#include <new>
 #include <unordered_set>
 
 #include "kernels.h"
 
 namespace magicpig {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+}  // namespace
 
 void pack_codes(const float* projections, size_t num_rows, int num_tables, int num_bits,
                 uint16_t* codes, Isa isa, ThreadPool& pool) {
@@ -60,17 +70,7 @@ size_t LshIndex::seal(const Requests& requests, ThreadPool& pool) {
     for (size_t j = 0; j < found.size(); ++j) {
       const int32_t* first = blocks + j * per_segment;
       if (!claimed.insert(first[per_segment - 1]).second || found[j]) continue;
-      auto segment = std::make_shared<Segment>();
-      segment->sources.reserve(static_cast<size_t>(per_segment));
-      for (int i = 0; i < per_segment; ++i)
-        segment->sources.push_back({first[i], pages_.epoch(first[i])});
-      segment->segment_tokens = segment_tokens_;
-      segment->num_buckets = 1 << num_bits_;
-      segment->num_tables = pages_.layout().num_tables;
-      const size_t size = pages_.num_kv_heads() * (segment->ids_size() + segment->offsets_size());
-      segment->storage.reset(new uint16_t[size]);
-      segment->storage_bytes = size * sizeof(uint16_t);
-      missing.push_back(std::move(segment));
+      missing.push_back(allocate(first));
     }
   }
 
@@ -107,6 +107,31 @@ void LshIndex::drop_stale() {
     ++segments_dropped_;
     it = by_last_block_.erase(it);
   }
+}
+
+std::shared_ptr<Segment> LshIndex::allocate(const int32_t* blocks) const {
+  auto segment = std::make_shared<Segment>();
+  const int num_blocks = segment_tokens_ / pages_.layout().block_size;
+  segment->sources.reserve(static_cast<size_t>(num_blocks));
+  for (int i = 0; i < num_blocks; ++i)
+    segment->sources.push_back({blocks[i], pages_.epoch(blocks[i])});
+  segment->segment_tokens = segment_tokens_;
+  segment->num_buckets = 1 << num_bits_;
+  segment->num_tables = pages_.layout().num_tables;
+
+  size_t bytes =
+      pages_.num_kv_heads() * (segment->ids_size() + segment->offsets_size()) * sizeof(uint16_t);
+  // A probe reads two random lines: on small pages it misses the TLB twice as well.
+  const bool huge = bytes >= kHugePage;
+  if (huge) bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  void* memory = huge ? std::aligned_alloc(kHugePage, bytes) : std::malloc(bytes);
+  if (memory == nullptr) throw std::bad_alloc();
+  segment->storage.reset(static_cast<uint16_t*>(memory));
+  segment->storage_bytes = bytes;
+#if defined(__linux__)
+  if (huge) madvise(memory, bytes, MADV_HUGEPAGE);  // advice: small pages are correct, too
+#endif
+  return segment;
 }
 
 /// A counting sort per table. A code of 2^K or more is no bucket's: it sorts behind them all, where

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -164,8 +165,12 @@ struct Segment {
   };
   static constexpr uint16_t kNoBucket = 0xffff;
 
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+
   std::vector<Source> sources;
-  std::unique_ptr<uint16_t[]> storage;  // per kv head ids, then offsets
+  std::unique_ptr<uint16_t[], Free> storage;  // per kv head ids, then offsets
   size_t storage_bytes = 0;
   int segment_tokens = 0;
   int num_buckets = 0;
@@ -218,6 +223,7 @@ class LshIndex {
   bool current(const Segment& segment) const;
   bool covers(const Segment& segment, const int32_t* blocks) const;
   void drop_stale();
+  std::shared_ptr<Segment> allocate(const int32_t* blocks) const;
   void build(Segment& segment, int kv_head) const;
 
   const Pages& pages_;

@@ -25,6 +25,8 @@ from serving import Completion, VllmServer
 CHAIN_LENGTHS = (2048, 8192, 16384)
 COUNT_LENGTH = 8192
 SERVE_ARGUMENTS = ("--enforce-eager", "--max-num-seqs", "4", "--no-enable-log-requests")
+# Room for 17K tokens of an 8B model, so that a machine with little free memory starts too.
+KV_CACHE_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,13 @@ def main() -> int:
         questions = built_in_questions()
 
     longest = max(CHAIN_LENGTHS) + 1024
-    serve = (*SERVE_ARGUMENTS, "--max-model-len", str(longest))
+    serve = (
+        *SERVE_ARGUMENTS,
+        "--max-model-len",
+        str(longest),
+        "--kv-cache-memory-bytes",
+        str(KV_CACHE_BYTES if arguments.model else KV_CACHE_BYTES // 8),
+    )
     answers: dict[str, list[Answer]] = {}
     for backend in ("magicpig", "CPU_ATTN"):
         log = arguments.logs / f"demo-{backend.lower()}.log"

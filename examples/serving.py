@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -136,8 +137,8 @@ class VllmServer:
             waited = time.monotonic() - started
             if self._process.poll() is not None:
                 raise RuntimeError(
-                    f"vllm serve with {self._name} ended with exit code {self._process.returncode}; "
-                    f"the end of {self._log_path}:\n{_tail(self._log_path)}"
+                    f"vllm serve with {self._name} ended with exit code {self._process.returncode}: "
+                    f"{_first_error(self._log_path)}; all of it is in {self._log_path}"
                 )
             if waited > START_TIMEOUT_S:
                 raise RuntimeError(
@@ -173,8 +174,13 @@ def _progress(message: str, last: bool = False) -> None:
         print(message, flush=True)
 
 
-def _tail(path: Path, lines: int = 25) -> str:
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+def _first_error(log: Path) -> str:
+    """The message of the first exception, which is the cause of those that follow."""
+    for line in log.read_text(errors="replace").splitlines():
+        message = re.search(r"\b[A-Z]\w*(?:Error|Exception): .*", line)
+        if message:
+            return message.group()
+    return "no exception was logged"
 
 
 def _free_port() -> int:

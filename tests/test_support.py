@@ -11,7 +11,7 @@ from vllm_magicpig.support import check_config, check_layer
 
 
 def config(**changes: Any) -> SimpleNamespace:
-    """A vLLM configuration that is fine but for `changes`, dotted names written with two underscores."""
+    """A vLLM configuration that is fine but for `changes`; `a__b` changes b of a."""
     made = SimpleNamespace(
         model_config=SimpleNamespace(
             use_mla=False, is_hybrid=False, is_attention_free=False, is_encoder_decoder=False

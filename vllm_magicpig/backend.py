@@ -318,4 +318,5 @@ def _first_kv_head(config: VllmConfig, num_kv_heads: int) -> int:
     total: int = config.model_config.get_total_num_kv_heads()
     tensor_rank: int = parallel.rank % parallel.tensor_parallel_size
     ranks_per_head = max(1, parallel.tensor_parallel_size // total)  # heads are replicated past it
-    return tensor_rank // ranks_per_head * num_kv_heads
+    first: int = tensor_rank // ranks_per_head * num_kv_heads
+    return first
