@@ -38,6 +38,8 @@ class Batch:
         order = torch.randperm(layer.num_blocks, generator=generator).tolist()
         width = max(-(-n // layer.block_size) for n in lengths)
         self.tables = np.full((len(lengths), max(width, 1)), -1, np.int32)
+        # hash_codes cannot tell the shape of no vectors.
+        self.no_codes = torch.zeros(heads, 0, layer.num_tables, dtype=torch.int32)
         self.rows: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.codes: list[torch.Tensor] = []
         for row, n in enumerate(lengths):
@@ -46,7 +48,7 @@ class Batch:
             key = (randn(heads, n, size) + self.center[:, None]).to(layer.dtype)
             value = randn(heads, n, size).to(layer.dtype)
             centred = key.float() - self.center[:, None]
-            codes = reference.hash_codes(centred, self.directions, bits)
+            codes = reference.hash_codes(centred, self.directions, bits) if n else self.no_codes
             layer.store_rows(used, 0, key, value)
             layer.store_codes(used, 0, codes)
             self.rows.append((key, value))
