@@ -140,6 +140,10 @@ def test_choosing_it_changes_worker_and_backend(tiny_model: str) -> None:
             {"additional_config": {"magicpig": {"K": 99}}},
             "magicpig option K is 99, but must be 0 for exact attention or 1 to 15 bits per table;",
         ),
+        (
+            {"additional_config": {"magicpig": {"host_kv_cache_gib": 8}}},
+            "magicpig option host_kv_cache_gib is 8.0, but it sizes the pinned pool",
+        ),
         ({"kv_cache_dtype": "fp8"}, "magicpig does not support KV cache dtype fp8"),
         ({"block_size": 16}, "magicpig does not support block size 16"),
         (

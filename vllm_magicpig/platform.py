@@ -53,7 +53,13 @@ class MagicPigCpuPlatform(_Base):
         super().check_and_update_config(vllm_config)
         if not _is_magicpig(vllm_config.attention_config.backend):
             return
-        parse_options(vllm_config.additional_config)
+        options = parse_options(vllm_config.additional_config)
+        if options.host_kv_cache_gib is not None:
+            raise ValueError(
+                f"magicpig option host_kv_cache_gib is {options.host_kv_cache_gib}, but it sizes the "
+                "pinned pool of the CUDA path and must be null on the CPU platform; size the cache "
+                "with --kv-cache-memory-bytes."
+            )
         check_config(vllm_config)
         # One block table serves sampled, dense and sliding-window layers, whose pages differ in size.
         if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager is None:

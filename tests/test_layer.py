@@ -1,0 +1,209 @@
+"""One sampled layer without an engine: pages, codes, centre, segments and a decode step, fed with
+steps as vLLM's runner makes them, against the reference on what each request logically holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_magicpig import _C, reference
+from vllm_magicpig.config import MagicPigOptions
+from vllm_magicpig.decode import DecodeKernel
+from vllm_magicpig.host_pages import HostPages, content_bytes
+from vllm_magicpig.key_center import KeyCenter
+from vllm_magicpig.lsh_index import SEGMENT_TOKENS, LshIndex
+from vllm_magicpig.projection import Projection
+from vllm_magicpig.stats import LayerStats
+from vllm_magicpig.step import Chunk, Step
+
+HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, NUM_BLOCKS = 4, 2, 64, 128, 64
+OPTIONS = MagicPigOptions(K=6, L=40, exact_below=256)
+
+
+class Layer:
+    """A layer's pages and index, and the keys and values that each request has stored."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, source: str = "first_prompt") -> None:
+        torch.manual_seed(0)
+        width = content_bytes(HEAD_SIZE, dtype.itemsize, OPTIONS.num_tables) // dtype.itemsize
+        kv_cache = torch.zeros(NUM_BLOCKS, KV_HEADS, BLOCK_SIZE, width, dtype=dtype)
+        self.dtype = dtype
+        self.isa, self.pool = _C.resolve_isa("auto"), _C.ThreadPool([0, 0])
+        self.pages = HostPages(kv_cache, HEAD_SIZE, OPTIONS.num_tables)
+        self.center = KeyCenter(source, 3, 0, KV_HEADS)
+        self.center.prepare(HEAD_SIZE)
+        self.projection = Projection(OPTIONS, 3, HEAD_SIZE, self.isa, self.pool)
+        self.index = LshIndex(OPTIONS, self.pages, self.projection, self.center, self.pool)
+        self.stats = LayerStats()
+        self.kernel = DecodeKernel(
+            OPTIONS, self.pages, self.index, self.projection, 0.125, self.isa, self.pool, self.stats
+        )
+        self.keys: dict[str, torch.Tensor] = {}
+        self.values: dict[str, torch.Tensor] = {}
+        self.blocks: dict[str, list[int]] = {}
+        self._free = list(range(NUM_BLOCKS - 1, 0, -1))
+
+    def append(self, request: str, num_tokens: int) -> Step:
+        """Stores num_tokens random tokens of a request; a chunk, or a decode step when it is one."""
+        key, value = (torch.randn(num_tokens, KV_HEADS, HEAD_SIZE) for _ in range(2))
+        key, value = (key + 3.0).to(self.dtype), value.to(self.dtype)
+        context = self.keys[request].shape[0] if request in self.keys else 0
+        blocks = self.blocks.setdefault(request, [])
+        while len(blocks) * BLOCK_SIZE < context + num_tokens:
+            blocks.append(self._free.pop())
+        positions = np.arange(context, context + num_tokens)
+        slots = np.array(blocks)[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+        table = np.zeros((1, NUM_BLOCKS), dtype=np.int32)
+        table[0, : len(blocks)] = blocks
+        decoding = num_tokens == 1
+        step = Step(
+            num_tokens=num_tokens,
+            slots=slots,
+            block_tables=table,
+            seq_lens=np.array([context + num_tokens], dtype=np.int32),
+            chunks=() if decoding else (Chunk(0, 0, num_tokens, context),),
+            decode_rows=np.arange(1 if decoding else 0),
+            decode_tokens=np.arange(1 if decoding else 0),
+        )
+        self.pages.store_rows(key, value, slots, self.pool)
+        self.index.add(key, step)
+        empty = torch.zeros(0, KV_HEADS, HEAD_SIZE, dtype=self.dtype)
+        self.keys[request] = torch.cat([self.keys.get(request, empty), key])
+        self.values[request] = torch.cat([self.values.get(request, empty), value])
+        return step
+
+    def expected(self, request: str, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(out, mask) of the reference for one decode query [num_heads, head_size]."""
+        assert self.center.value is not None
+        keys, values = (x[request].transpose(0, 1) for x in (self.keys, self.values))
+        directions = self.projection.directions
+        centred = keys.float() - self.center.value[:, None]
+        key_codes = reference.hash_codes(centred, directions, OPTIONS.K)
+        query_codes = reference.hash_codes(query.float(), directions, OPTIONS.K)
+        mask = reference.sample(
+            query_codes, key_codes, OPTIONS.min_matches, OPTIONS.sink_tokens, OPTIONS.window_tokens
+        )
+        out, _ = reference.sampled_attention(
+            query, keys, values, 0.125, mask, self.center.value, OPTIONS.K, OPTIONS.L,
+            OPTIONS.min_matches, OPTIONS.sink_tokens, OPTIONS.window_tokens,
+        )  # fmt: skip
+        return out, mask
+
+
+@pytest.fixture
+def layer() -> Iterator[Layer]:
+    yield Layer()
+
+
+def assert_decodes_as_the_reference(layer: Layer, request: str) -> None:
+    step = layer.append(request, 1)
+    query = torch.randn(1, HEADS, HEAD_SIZE).to(layer.dtype)
+    before = layer.stats.sampled_rows
+    out = layer.kernel.attend(query, step)[0]
+    expected, mask = layer.expected(request, query[0])
+    # Codes come from GEMMs of other shapes, so a projection within rounding of zero may fall on the
+    # other side: the samples are compared by size, the outputs where they are the same.
+    assert layer.stats.sampled_rows - before == mask.sum()
+    assert (out.double() - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_prompt_in_chunks_then_decode_steps(dtype: torch.dtype) -> None:
+    layer = Layer(dtype)
+    for num_tokens in (700, 900, 600):
+        layer.append("a", num_tokens)
+    for _ in range(3):
+        assert_decodes_as_the_reference(layer, "a")
+    assert layer.index.native.segments_built == 2200 // SEGMENT_TOKENS
+
+
+def test_the_first_long_prompt_freezes_the_centre_and_rows_stored_before_get_their_codes(
+    layer: Layer,
+) -> None:
+    layer.append("short", 400)
+    assert layer.center.value is None
+    layer.append("long", 600)
+    frozen = layer.center.value
+    assert frozen is not None
+    assert torch.allclose(frozen, layer.keys["long"].mean(0), atol=1e-5)
+    layer.append("other", 2000)
+    assert layer.center.value is frozen
+    assert_decodes_as_the_reference(layer, "long")
+    assert_decodes_as_the_reference(layer, "short")
+
+
+def test_the_centre_counts_all_chunks_of_a_request(layer: Layer) -> None:
+    layer.append("a", 300)
+    layer.append("b", 300)
+    assert layer.center.value is None, "two short prompts are no long one"
+    layer.append("a", 300)
+    assert layer.center.value is not None
+    assert torch.allclose(layer.center.value, layer.keys["a"].mean(0), atol=1e-5)
+
+
+def test_a_long_generation_after_a_short_prompt_freezes_it_too(layer: Layer) -> None:
+    layer.append("a", 505)
+    for _ in range(10):
+        layer.append("a", 1)
+    assert layer.center.value is not None
+    assert layer.keys["a"].shape[0] == 515
+
+
+def test_dummy_and_profiling_rows_never_calibrate(layer: Layer) -> None:
+    """Their slots are -1, their lengths and blocks arbitrary."""
+    dummy = Step(
+        num_tokens=4,
+        slots=np.full(4, -1),
+        block_tables=np.zeros((2, NUM_BLOCKS), dtype=np.int32),
+        seq_lens=np.array([5000, 5000], dtype=np.int32),
+        chunks=(Chunk(0, 0, 3, 4997),),
+        decode_rows=np.array([1]),
+        decode_tokens=np.array([3]),
+    )
+    assert dummy.is_dummy
+    layer.index.add(torch.randn(4, KV_HEADS, HEAD_SIZE), dummy)
+    assert layer.center.value is None
+
+
+def test_before_the_centre_is_frozen_decode_is_exact(layer: Layer) -> None:
+    layer.append("a", 500)
+    step = layer.append("a", 1)
+    query = torch.randn(1, HEADS, HEAD_SIZE)
+    out = layer.kernel.attend(query, step)[0]
+    keys, values = (x["a"].transpose(0, 1) for x in (layer.keys, layer.values))
+    expected, _ = reference.exact_attention(query[0], keys, values, 0.125)
+    assert (out.double() - expected).abs().max() < 1e-5
+    assert layer.stats.exact_heads == HEADS
+
+
+def test_gathered_pieces_are_the_rows_in_order(layer: Layer) -> None:
+    layer.append("a", 300)
+    layer.append("b", 130)
+    layer.append("a", 77)
+    table = np.array(layer.blocks["a"], dtype=np.int32)
+    for piece_tokens in (64, 100, 128, 1000):
+        pieces = list(layer.pages.pieces(table, 377, piece_tokens))
+        keys, values = (torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True))
+        assert torch.equal(keys, layer.keys["a"].transpose(0, 1))
+        assert torch.equal(values, layer.values["a"].transpose(0, 1))
+
+
+def test_hashing_in_any_batch_is_the_references_but_for_signs_within_rounding_of_zero(
+    layer: Layer,
+) -> None:
+    keys = torch.randn(3000, KV_HEADS, HEAD_SIZE)
+    center = torch.randn(KV_HEADS, HEAD_SIZE)
+    codes = layer.projection.hash_keys(keys, center).astype(np.int32)
+    directions = layer.projection.directions.double()
+    projections = (keys - center).double() @ directions
+    # |x . r| is summed over head_size terms in float32, in any order.
+    magnitude = (keys - center).double().abs() @ directions.abs()
+    doubtful = projections.abs() <= HEAD_SIZE * 2.0**-24 * magnitude
+    assert doubtful.double().mean() < 1e-4
+    bits = (torch.from_numpy(codes)[..., None] >> torch.arange(OPTIONS.K)) & 1
+    expected = (projections > 0).view(3000, KV_HEADS, OPTIONS.L, OPTIONS.K)
+    certain = ~doubtful.view_as(expected)
+    assert torch.equal(bits.bool()[certain], expected[certain])
