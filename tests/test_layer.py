@@ -3,8 +3,6 @@ steps as vLLM's runner makes them, against the reference on what each request lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -94,8 +92,8 @@ class Layer:
 
 
 @pytest.fixture
-def layer() -> Iterator[Layer]:
-    yield Layer()
+def layer() -> Layer:
+    return Layer()
 
 
 def assert_decodes_as_the_reference(layer: Layer, request: str) -> None:
