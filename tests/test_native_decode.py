@@ -7,6 +7,7 @@ round by a few 1e-7 of their size, and log u by 1e-6 at these cosines (cpu_kerne
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import numpy as np
@@ -97,6 +98,7 @@ class Batch:
         assert attention_ns > 0 or sum(self.lengths) == 0
         return torch.from_numpy(out), torch.from_numpy(lse), rows
 
+    @functools.cache  # noqa: B019 - a batch lives as long as its test
     def expected(
         self, row: int, rule: Rule | None
     ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:

@@ -134,7 +134,7 @@ def test_all_codes_equal(isa: _C.Isa, code: int, num_tables: int) -> None:
 
 
 @each_isa
-@pytest.mark.parametrize("segment_tokens", [32, 2048, 65536])
+@pytest.mark.parametrize("segment_tokens", [64, 65536])
 @pytest.mark.parametrize("content", ["random", "first", "middle", "last", "beyond"])
 def test_around_65536_tokens(isa: _C.Isa, segment_tokens: int, content: str) -> None:
     """Where the uint16 end of a bucket wraps: `first` to `last` put all tokens into one bucket."""
@@ -144,7 +144,7 @@ def test_around_65536_tokens(isa: _C.Isa, segment_tokens: int, content: str) -> 
         num_tables=3,
         num_bits=4,
         block_size=64,
-        segment_tokens=max(64, segment_tokens),
+        segment_tokens=segment_tokens,
     )
     if content == "random":
         codes = codes_of((1, num_tokens, 3), 16, seed=1)

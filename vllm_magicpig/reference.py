@@ -33,7 +33,8 @@ def hash_codes(vectors: torch.Tensor, directions: torch.Tensor, num_bits: int) -
     Returns int32 [..., L], each below 2**K.
     """
     projections = vectors.to(directions.dtype) @ directions
-    signs = (projections > 0).reshape(*vectors.shape[:-1], -1, num_bits)
+    num_tables = directions.shape[1] // num_bits
+    signs = (projections > 0).reshape(*vectors.shape[:-1], num_tables, num_bits)
     bit_values = torch.tensor([1 << bit for bit in range(num_bits)], dtype=torch.int32)
     return (signs * bit_values).sum(-1, dtype=torch.int32)
 
