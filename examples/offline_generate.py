@@ -30,7 +30,7 @@ def main() -> None:
         attention_backend="magicpig",
         additional_config={"magicpig": {"K": 10, "L": 150}},
         max_model_len=max(LENGTHS) + 512,
-        kv_cache_memory_bytes=4 << 30,
+        kv_cache_memory_bytes=2 << 30,
         enforce_eager=True,
     )
     if Path(model).name == "recall":
