@@ -176,11 +176,14 @@ def _progress(message: str, last: bool = False) -> None:
 
 def _first_error(log: Path) -> str:
     """The message of the first exception, which is the cause of those that follow."""
-    for line in log.read_text(errors="replace").splitlines():
-        message = re.search(r"\b[A-Z]\w*(?:Error|Exception): .*", line)
-        if message:
-            return message.group()
-    return "no exception was logged"
+    text = log.read_text(errors="replace")
+    # Pydantic puts the sentence below a count: "... for VllmConfig", "  Value error, <sentence>".
+    wrapped = re.search(r"Value error, (.*?)(?: \[type=|$)", text, re.MULTILINE)
+    message = re.search(r"\b[A-Z]\w*(?:Error|Exception): (?!.*validation error)(.*)", text)
+    found = [match for match in (wrapped, message) if match is not None]
+    if not found:
+        return "no exception was logged"
+    return min(found, key=re.Match.start).group(1)
 
 
 def _free_port() -> int:

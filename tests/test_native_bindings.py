@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from native_helpers import pool
 
-from tests.native_helpers import pool
 from vllm_magicpig import _C
 
 ISA = _C.Isa.portable

@@ -13,8 +13,8 @@ import threading
 import numpy as np
 import pytest
 import torch
+from native_helpers import Layer, Rule, each_isa, isa_or_none, pool
 
-from tests.native_helpers import Layer, Rule, each_isa, isa_or_none, pool
 from vllm_magicpig import _C, reference
 
 BOUND = 1e-5

@@ -12,8 +12,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from native_helpers import Layer, Rule, pool
 
-from tests.native_helpers import Layer, Rule, pool
 from vllm_magicpig import _C, reference
 
 NUM_SEEDS = 200

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from native_helpers import each_isa, pool
 
-from tests.native_helpers import each_isa, pool
 from vllm_magicpig import _C, reference
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from native_helpers import Layer, pool, row_bits
 
-from tests.native_helpers import Layer, pool, row_bits
 from vllm_magicpig import _C
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
-from tests.native_helpers import (
+from native_helpers import (
     Layer,
     Rule,
     assert_same_sample,
@@ -14,6 +13,7 @@ from tests.native_helpers import (
     expected_sample,
     pool,
 )
+
 from vllm_magicpig import _C
 
 LENGTHS = [1, 15, 17, 127, 128, 129, 223]

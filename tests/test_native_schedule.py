@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_helpers import Layer, Rule, assert_same_sample, expected_sample, pool
 
-from tests.native_helpers import Layer, Rule, assert_same_sample, expected_sample, pool
 from vllm_magicpig import _C
 
 NUM_BLOCKS, BLOCK, SEGMENT = 14, 32, 64

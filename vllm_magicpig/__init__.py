@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 BACKEND_NAME = "MAGICPIG"
@@ -60,7 +60,7 @@ def _platform_obstacle() -> str | None:
     others = [
         entry.name
         for entry in entry_points(group="vllm.platform_plugins")
-        if entry.name != "magicpig" and _is_allowed(entry.name) and entry.load()() is not None
+        if entry.name != "magicpig" and _is_allowed(entry.name) and _is_active(entry)
     ]
     if others:
         return (
@@ -74,6 +74,15 @@ def _platform_obstacle() -> str | None:
             "install the CPU build of vLLM."
         )
     return None
+
+
+def _is_active(platform_plugin: EntryPoint) -> bool:
+    """Whether another platform plugin offers its class; one that fails does not, as in vLLM."""
+    try:
+        return platform_plugin.load()() is not None
+    except Exception:
+        logger.debug("Platform plugin %s failed.", platform_plugin.name, exc_info=True)
+        return False
 
 
 def _is_allowed(plugin_name: str) -> bool:
