@@ -128,6 +128,11 @@ class VllmServer:
         return results
 
     @property
+    def process_group(self) -> int:
+        """Of the server and everything it started."""
+        return self._process.pid
+
+    @property
     def _url(self) -> str:
         return f"http://127.0.0.1:{self._port}"
 

@@ -2,55 +2,101 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import recall_model
 from serving import VllmServer
 
 ARGUMENTS = ("--enforce-eager", "--max-model-len", "6000", "--kv-cache-memory-bytes", "500000000")
+QUESTION = recall_model.haystack(5000, num_chains=3, seed=5).question(1)
+
+
+@dataclass(frozen=True)
+class Served:
+    said: list[str]
+    stats: dict[str, Any]
+    processes: list[str]
+    processes_left: list[str]
+    centers: Path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return recall_model.build(tmp_path_factory.mktemp("models") / "recall")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def processes_of_their_own() -> Any:
+    """The API server, the engine and the worker are processes, as in production."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def served(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    folder = tmp_path_factory.mktemp("served")
+    centers = folder / "centers.safetensors"
+    with VllmServer(model, "MAGICPIG", *ARGUMENTS, log_path=folder / "serve.log") as server:
+        processes = _group_members(server.process_group)
+        said = server.complete(QUESTION.prompt, 6).text.split()
+        stats = server.stats()
+        server.call("magicpig_save_centers", str(centers))
+    return Served(said, stats, processes, _group_members(server.process_group), centers)
 
 
 def _group_members(process_group: int) -> list[str]:
-    found = subprocess.run(["ps", "-o", "pid=", "--no-headers", "-g", str(process_group)],
-                           capture_output=True, text=True)  # fmt: skip
-    return found.stdout.split()
+    command = ["ps", "-o", "pid=", "--no-headers", "-g", str(process_group)]
+    return subprocess.run(command, capture_output=True, text=True).stdout.split()
 
 
-def test_a_server_answers_reports_and_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The API server, the engine and the worker are processes of their own, as in production.
-    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
-    model = recall_model.build(tmp_path / "recall")
-    question = recall_model.haystack(5000, num_chains=3, seed=5).question(1)
-    centers = tmp_path / "centers.safetensors"
-    log = tmp_path / "serve.log"
-    with VllmServer(model, "MAGICPIG", *ARGUMENTS, log_path=log) as server:
-        group = server._process.pid
-        assert len(_group_members(group)) >= 2
-        said = server.complete(question.prompt, 6).text.split()
-        stats = server.stats()
-        server.call("magicpig_save_centers", str(centers))
-    assert tuple(said[1:]) == question.answer[1:]
+def test_a_server_answers(served: Served) -> None:
+    assert tuple(served.said[1:]) == QUESTION.answer[1:]
+
+
+def test_a_server_reports_what_it_did(served: Served) -> None:
+    stats = served.stats
     assert stats["decode_steps"] == 5
     assert stats["centers_frozen"] == stats["sampled_layers"] == 1
+    assert stats["page_tokens"] >= 5000
     assert 0 < stats["sampled_fraction"] < 0.05
-    assert stats["hash_us_per_step"] > 0
-    assert stats["lookup_us_per_step"] > 0
-    assert stats["attend_us_per_step"] > 0
-    assert centers.is_file()
-    assert _group_members(group) == []
+    for part in ("hash", "lookup", "attend"):
+        assert stats[f"{part}_us_per_step"] > 0
 
 
-def test_a_wrong_option_ends_the_start_with_its_sentence(tmp_path: Path) -> None:
-    model = recall_model.build(tmp_path / "recall")
-    server = VllmServer(
-        model, "magicpig", *ARGUMENTS, options={"Q": 3}, log_path=tmp_path / "serve.log"
-    )
-    with (
-        pytest.raises(RuntimeError, match="magicpig option 'Q' is unknown; allowed are K, L"),
-        server,
-    ):
+def test_a_server_leaves_no_process_behind(served: Served) -> None:
+    assert len(served.processes) >= 3
+    assert served.processes_left == []
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two CPUs")
+def test_two_ranks_load_their_heads_of_a_calibration_file(
+    model: Path, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{first}|{second}")
+    arguments = (*ARGUMENTS, "--tensor-parallel-size", "2")
+    options = {"center": str(served.centers)}
+    log = tmp_path / "serve.log"
+    with VllmServer(model, "magicpig", *arguments, options=options, log_path=log) as server:
+        before = server.call("magicpig_stats")
+        said = server.complete(QUESTION.prompt, 6).text.split()
+        after = server.call("magicpig_stats")
+    assert [stats["centers_frozen"] for stats in before] == [1, 1]
+    assert tuple(said[1:]) == QUESTION.answer[1:]
+    for stats in after:
+        assert stats["sampled_heads"] == 5 * 2, "each rank has two of the four query heads"
+        assert 0 < stats["sampled_fraction"] < 0.05
+
+
+def test_a_wrong_option_ends_the_start_with_its_sentence(model: Path, tmp_path: Path) -> None:
+    log = tmp_path / "serve.log"
+    server = VllmServer(model, "magicpig", *ARGUMENTS, options={"Q": 3}, log_path=log)
+    sentence = "exit code 1: magicpig option 'Q' is unknown; allowed are K, L"
+    with pytest.raises(RuntimeError, match=sentence), server:
         pass
