@@ -10,7 +10,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 help:
 	@echo "make demo        set up, build the built-in model, serve it with magicpig, ask it questions"
 	@echo "make demo MODEL=name-or-path   the same with any Hugging Face model"
-	@echo "make test        set up, run every test (about 15 minutes on two cores)"
+	@echo "make test        set up, run every test (about 12 minutes on two cores)"
 	@echo "make test-fast   without the tests that start a vLLM engine"
 	@echo "make lint        ruff, mypy and clang-format"
 	@echo "make setup       .venv with vLLM, this package and its tools"
