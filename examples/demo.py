@@ -130,7 +130,14 @@ def model_questions(model: str) -> list[Question]:
     """The same kind of question for a model that reads English, sized by its own tokenizer."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        sys.exit(
+            f"model {model!r} cannot be loaded ({reason}); give the name of a Hugging Face model "
+            "that this machine can download, or a local folder."
+        )
     return [
         Question(
             name=f"chain at {length // 1024}K",

@@ -76,7 +76,9 @@ def _logprob(output: RequestOutput, step: int, token: int) -> float | None:
     return None if entry is None else entry.logprob
 
 
-def _assert_equal_tokens(ours: list[RequestOutput], dense: list[RequestOutput]) -> None:
+def _assert_equal_tokens(ours: list[RequestOutput], dense: list[RequestOutput]) -> int:
+    """Returns the number of requests that part at a tie."""
+    ties = 0
     for request, (a, b) in enumerate(zip(ours, dense, strict=True)):
         for step, (token, expected) in enumerate(zip(_tokens(a), _tokens(b), strict=True)):
             if token == expected:
@@ -88,7 +90,9 @@ def _assert_equal_tokens(ours: list[RequestOutput], dense: list[RequestOutput]) 
                 f"request {request} differs at token {step}: {token} for {expected}, whose "
                 f"log-probs under CPU_ATTN are {second} and {first}"
             )
-            break  # a tie: from here on the two continue different texts
+            ties += 1
+            break  # from here on the two continue different texts
+    return ties
 
 
 def _errors(run: list[RequestOutput], truth: list[RequestOutput]) -> list[float]:
@@ -120,10 +124,12 @@ def test_exact_mode_answers_as_the_platforms_backend(name: str, tmp_path: Path) 
     dense, ours = runs["float32", "CPU_ATTN"], runs["float32", "magicpig"]
     varied = {tuple(_tokens(output)) for output in dense.mixed + dense.crowded}
     assert len(varied) == len(dense.mixed) + len(dense.crowded), "the outputs do not vary"
-    _assert_equal_tokens(ours.mixed, dense.mixed)
-    _assert_equal_tokens(ours.repeated, dense.repeated)
-    _assert_equal_tokens(ours.crowded, dense.crowded)
-    _assert_equal_tokens(ours.repeated, dense.mixed[2:5])
+    ties = _assert_equal_tokens(ours.mixed, dense.mixed)
+    ties += _assert_equal_tokens(ours.crowded, dense.crowded)
+    ties += _assert_equal_tokens(ours.repeated, dense.repeated)
+    ties += _assert_equal_tokens(ours.repeated, dense.mixed[2:5])
+    print(f"{name}: {ties} requests part at a float32 tie")
+    assert ties <= 1
 
     for part in ("mixed", "crowded"):
         truth = getattr(dense, part)
