@@ -1,4 +1,4 @@
-"""Offline generation with magicpig: one batch of prompts from 30 to 8,000 tokens.
+"""Offline generation with magicpig: one batch of prompts from 512 to 8,000 tokens.
 
     python examples/offline_generate.py [--model NAME]
 

@@ -37,7 +37,7 @@ class Layer:
         self.index = LshIndex(OPTIONS, self.pages, self.projection, self.center, self.pool)
         self.stats = LayerStats()
         self.kernel = DecodeKernel(
-            OPTIONS, self.pages, self.index, self.projection, 0.125, self.isa, self.pool, self.stats
+            OPTIONS, self.pages, self.index, 0.125, self.isa, self.pool, self.stats
         )
         self.keys: dict[str, torch.Tensor] = {}
         self.values: dict[str, torch.Tensor] = {}

@@ -68,7 +68,7 @@ def _platform_obstacle() -> str | None:
             "name the ones to load in VLLM_PLUGINS."
         )
     if cpu_platform_plugin() is None:
-        found = "a CUDA build" if cuda_platform_plugin() is not None else "neither"
+        found = "a CUDA build" if cuda_platform_plugin() is not None else "another build"
         return (
             f"this version of vllm-magicpig runs on vLLM's CPU platform only and this is {found}; "
             "install the CPU build of vLLM."

@@ -218,13 +218,11 @@ class MagicPigImpl(AttentionImpl[Step]):
     def bind(self, kv_cache: torch.Tensor, isa: _C.Isa, pool: _C.ThreadPool) -> None:
         """Takes the layer's KV tensor, once allocated, for its pages."""
         pages = HostPages(kv_cache, self.head_size, self.options.num_tables)
-        index = projection = None
+        index = None
         if self.center is not None:
             projection = Projection(self.options, self.layer_index, self.head_size, isa, pool)
             index = LshIndex(self.options, pages, projection, self.center, pool)
-        kernel = DecodeKernel(
-            self.options, pages, index, projection, self.scale, isa, pool, self.stats
-        )
+        kernel = DecodeKernel(self.options, pages, index, self.scale, isa, pool, self.stats)
         filled = np.zeros(pages.num_blocks, dtype=np.int64)
         self._bound = _Bound(pages, index, kernel, kv_cache.nbytes, filled)
         self._pool = pool

@@ -12,7 +12,6 @@ from vllm_magicpig import _C
 from vllm_magicpig.config import MagicPigOptions
 from vllm_magicpig.host_pages import HostPages
 from vllm_magicpig.lsh_index import LshIndex
-from vllm_magicpig.projection import Projection
 from vllm_magicpig.stats import LayerStats
 from vllm_magicpig.step import Step
 
@@ -24,7 +23,6 @@ class DecodeKernel:
     options: MagicPigOptions
     pages: HostPages
     index: LshIndex | None  # None in exact mode
-    projection: Projection | None
     scale: float
     isa: _C.Isa
     pool: _C.ThreadPool
@@ -43,8 +41,7 @@ class DecodeKernel:
 
         codes = index = table = center = None
         if self.index is not None and self.index.center.value is not None:
-            assert self.projection is not None
-            codes = self.projection.hash_queries(q)
+            codes = self.index.projection.hash_queries(q)
             index, table = self.index.native, self.index.table
             center = self.index.center.value.numpy()
         hashed = time.perf_counter_ns()

@@ -30,8 +30,8 @@ class LshIndex:
         center: KeyCenter,
         pool: _C.ThreadPool,
     ) -> None:
-        self._options, self._pages, self._projection, self._pool = options, pages, projection, pool
-        self.center = center
+        self._options, self._pages, self._pool = options, pages, pool
+        self.projection, self.center = projection, center
         block_size = pages.block_size
         segment_tokens = -(-SEGMENT_TOKENS // block_size) * block_size
         self.native = _C.LshIndex(pages.native, options.K, segment_tokens)
@@ -46,13 +46,12 @@ class LshIndex:
 
         key: [num_tokens, num_kv_heads, head_size].
         """
-        stored = step.slots >= 0
         if self.center.value is None:
             assert self._uncoded is not None
-            self._uncoded[step.slots[stored]] = True
+            self._uncoded[step.slots[step.slots >= 0]] = True
             self._freeze_center(step)
         else:
-            codes = self._projection.hash_keys(key, self.center.value)
+            codes = self.projection.hash_keys(key, self.center.value)
             self.pages.store_codes(codes, step.slots, self._pool)
         if self.center.value is not None:
             self._seal(step)
@@ -79,7 +78,7 @@ class LshIndex:
         slots = np.flatnonzero(self._uncoded)
         for start in range(0, len(slots), _SLOTS_PER_BACKFILL):
             some = slots[start : start + _SLOTS_PER_BACKFILL]
-            codes = self._projection.hash_keys(self._pages.keys_at(some), self.center.value)
+            codes = self.projection.hash_keys(self._pages.keys_at(some), self.center.value)
             self.pages.store_codes(codes, some, self._pool)
         self._uncoded = None
 
