@@ -1,141 +1,11 @@
 // The module vllm_magicpig._C, declared in _C.pyi. The table of contents is at the end; above it,
 // each function checks its input and calls the C++ API. Nothing below this door checks again.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "bindings.h"
 
-#include <algorithm>
-#include <climits>
-#include <cmath>
 #include <optional>
-#include <sstream>
-#include <string>
-
-#include "magicpig.h"
-
-namespace py = pybind11;
 
 namespace magicpig {
 namespace {
-
-// ------------------------------------------------------------------------------------- refusals
-
-template <class... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream sentence;
-  (sentence << ... << parts);
-  throw py::value_error(sentence.str());
-}
-
-int in_range(const char* name, int64_t value, int64_t low, int64_t high) {
-  if (value < low || value > high)
-    refuse(name, " is ", value, ", but must lie in ", low, "..", high, "; pass one that does.");
-  return static_cast<int>(value);
-}
-
-/// A number of tokens; beyond INT_MAX none is told apart.
-int token_count(const char* name, int64_t value) {
-  if (value < 0) refuse(name, " is ", value, ", but is a number of tokens; pass 0 or more.");
-  return static_cast<int>(std::min<int64_t>(value, INT_MAX));
-}
-
-void check_isa(Isa isa) {
-  if (!isa_available(isa))
-    refuse("isa is ", isa_name(isa),
-           ", which this build or this CPU lacks; use resolve_isa(\"auto\")"
-           " or \"portable\".");
-}
-
-// --------------------------------------------------------------------------------------- arrays
-
-/// One dimension of a shape: its name, and its size where that is given.
-struct Dim {
-  const char* name;
-  int64_t size = -1;
-};
-
-std::string shape_text(const py::array& array) {
-  std::ostringstream text;
-  text << '(';
-  for (py::ssize_t i = 0; i < array.ndim(); ++i) text << (i ? ", " : "") << array.shape(i);
-  text << ')';
-  return text.str();
-}
-
-void check_shape(const char* name, const py::array& array, std::initializer_list<Dim> dims) {
-  const bool fits =
-      std::equal(dims.begin(), dims.end(), array.shape(), array.shape() + array.ndim(),
-                 [](const Dim& dim, py::ssize_t size) { return dim.size < 0 || dim.size == size; });
-  if (fits) return;
-  std::ostringstream wanted;
-  const char* comma = "";
-  for (const Dim& dim : dims) {
-    wanted << comma << dim.name;
-    if (dim.size >= 0) wanted << " = " << dim.size;
-    comma = ", ";
-  }
-  refuse(name, " has shape ", shape_text(array), ", but [", wanted.str(),
-         "] is needed; reshape it.");
-}
-
-template <class T>
-void check_dtype(const char* name, const py::array& array) {
-  if (!py::isinstance<py::array_t<T>>(array))
-    refuse(name, " is ", py::cast<std::string>(py::str(array.dtype())), ", but ",
-           py::cast<std::string>(py::str(py::dtype::of<T>())), " is needed; convert it.");
-  if (!(array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_))
-    refuse(name, " is not aligned to its ", sizeof(T), "-byte elements; copy it.");
-}
-
-template <class T>
-const T* input(const char* name, const py::array& array, std::initializer_list<Dim> dims) {
-  check_shape(name, array, dims);
-  check_dtype<T>(name, array);
-  if (!(array.flags() & py::array::c_style))
-    refuse(name, " of shape ", shape_text(array),
-           " is not C-contiguous, but is read as one run of memory; use np.ascontiguousarray.");
-  return static_cast<const T*>(array.data());
-}
-
-template <class T>
-T* output(const char* name, py::array& array, std::initializer_list<Dim> dims) {
-  input<T>(name, array, dims);
-  if (!array.writeable())
-    refuse(name, " of shape ", shape_text(array),
-           " is read-only, but is written; pass a writable "
-           "array.");
-  return static_cast<T*>(array.mutable_data());
-}
-
-/// Rows of a caller, in any strides but with whole rows contiguous.
-RowsView rows_view(const char* name, const py::array& array, const Pages& pages,
-                   int64_t num_tokens) {
-  check_shape(name, array,
-              {{"num_tokens", num_tokens},
-               {"num_kv_heads", pages.num_kv_heads()},
-               {"head_size", pages.layout().head_size}});
-  if (pages.layout().row_type == RowType::float32)
-    check_dtype<float>(name, array);
-  else
-    check_dtype<uint16_t>(name, array);
-  if (array.size() > 0 && array.shape(2) > 1 && array.strides(2) != array.itemsize())
-    refuse(name, " has a stride of ", array.strides(2),
-           " bytes in its last dimension, but rows must "
-           "be contiguous (",
-           array.itemsize(), "); copy it.");
-  return {static_cast<const uint8_t*>(array.data()), array.strides(0), array.strides(1)};
-}
-
-const int64_t* slots_of(const py::array& slots, const Pages& pages, int64_t num_tokens,
-                        int64_t lowest) {
-  const int64_t* slot = input<int64_t>("slots", slots, {{"num_tokens", num_tokens}});
-  const int64_t end = static_cast<int64_t>(pages.num_blocks()) * pages.layout().block_size;
-  for (py::ssize_t i = 0; i < slots.size(); ++i)
-    if (slot[i] < lowest || slot[i] >= end)
-      refuse("slots[", i, "] is ", slot[i], ", but slots lie in ", lowest, "..", end - 1,
-             "; pass slots of this layer's ", pages.num_blocks(), " blocks.");
-  return slot;
-}
 
 /// Block tables and lengths; every block that a length needs is checked.
 Requests requests_of(const Pages& pages, const py::array& block_tables, const py::array& seq_lens) {
@@ -150,28 +20,11 @@ Requests requests_of(const Pages& pages, const py::array& block_tables, const py
   const Requests requests = {static_cast<const int32_t*>(block_tables.data()),
                              block_tables.strides(0) / item, lens,
                              in_range("num_reqs", block_tables.shape(0), 0, INT_MAX)};
-  const int64_t block_size = pages.layout().block_size;
   for (int r = 0; r < requests.size; ++r) {
-    const int64_t capacity = block_tables.shape(1) * block_size;
-    if (lens[r] < 0 || lens[r] > capacity)
-      refuse("seq_lens[", r, "] is ", lens[r], ", but lies in 0..", capacity, " with ",
-             block_tables.shape(1), " blocks of ", block_size, "; pass wider block_tables.");
-    const int64_t used = (lens[r] + block_size - 1) / block_size;
-    for (int64_t i = 0; i < used; ++i)
-      if (requests.blocks(r)[i] < 0 || requests.blocks(r)[i] >= pages.num_blocks())
-        refuse("block_tables[", r, ", ", i, "] is ", requests.blocks(r)[i],
-               ", but blocks lie in 0..", pages.num_blocks() - 1,
-               "; pass the blocks that hold the request's ", lens[r], " tokens.");
+    const int used = check_seq_len(pages, r, block_tables.shape(1), lens[r]);
+    check_blocks(pages, r, requests.blocks(r), used, lens[r]);
   }
   return requests;
-}
-
-int check_query_heads(int64_t num_q_heads, const Pages& pages) {
-  const int64_t heads = pages.num_kv_heads();
-  if (num_q_heads < heads || num_q_heads % heads != 0 || num_q_heads / heads > 64)
-    refuse("num_q_heads is ", num_q_heads, ", but must be 1..64 times the pages' ", heads,
-           " kv heads; pass the query of this layer.");
-  return static_cast<int>(num_q_heads);
 }
 
 SampleRule rule_of(const LshIndex& index, const py::array& query_codes, int64_t num_reqs,
@@ -183,11 +36,7 @@ SampleRule rule_of(const LshIndex& index, const py::array& query_codes, int64_t 
   rule.query_codes =
       input<uint16_t>("query_codes", query_codes,
                       {{"num_reqs", num_reqs}, {"num_q_heads", num_q_heads}, {"L", num_tables}});
-  const uint16_t* end = rule.query_codes + query_codes.size();
-  const uint16_t* largest = std::max_element(rule.query_codes, end);
-  if (largest != end && *largest >> index.num_bits() != 0)
-    refuse("query_codes holds ", *largest, ", but codes of ", index.num_bits(), " bits lie in 0..",
-           (1 << index.num_bits()) - 1, "; hash with the index's K.");
+  check_query_codes(rule.query_codes, static_cast<size_t>(query_codes.size()), index.num_bits());
   rule.min_matches = in_range("min_matches", min_matches, 1, num_tables);
   rule.sink_tokens = token_count("sink_tokens", sink_tokens);
   rule.window_tokens = token_count("window_tokens", window_tokens);
@@ -245,12 +94,6 @@ PageLayout layout_of(const std::string& row_dtype, int64_t block_size, int64_t h
 
 // ---------------------------------------------------------------------------------------- pages
 
-/// The pages, and the array whose memory they are.
-struct BoundPages {
-  py::array memory;
-  Pages pages;
-};
-
 std::shared_ptr<BoundPages> make_pages(py::array memory, const std::string& row_dtype,
                                        int64_t block_size, int64_t head_size, int64_t num_tables) {
   const PageLayout layout = layout_of(row_dtype, block_size, head_size, num_tables);
@@ -279,6 +122,19 @@ void store_rows(BoundPages& self, const py::array& key, const py::array& value,
   const RowsView values = rows_view("value", value, self.pages, num_tokens);
   py::gil_scoped_release release;
   self.pages.store_rows(keys, values, slot, static_cast<size_t>(num_tokens), pool);
+}
+
+void note_writes(BoundPages& self, const py::array& slots) {
+  const int64_t* slot = slots_of(slots, self.pages, -1, -1);
+  py::gil_scoped_release release;
+  self.pages.note_writes(slot, static_cast<size_t>(slots.shape(0)));
+}
+
+py::array_t<int32_t> written_blocks(const BoundPages& self) {
+  std::vector<int32_t> blocks;
+  for (int block = 0; block < self.pages.num_blocks(); ++block)
+    if (self.pages.num_tokens(block) > 0) blocks.push_back(block);
+  return py::array_t<int32_t>(static_cast<py::ssize_t>(blocks.size()), blocks.data());
 }
 
 void check_has_codes(const Pages& pages) {
@@ -356,15 +212,6 @@ py::array_t<float> log_u_array(const InclusionTable& table, const py::array& cos
 
 // ---------------------------------------------------------------------------------------- index
 
-/// The index, and the pages that it reads.
-struct BoundIndex {
-  std::shared_ptr<BoundPages> pages;
-  LshIndex index;
-
-  BoundIndex(std::shared_ptr<BoundPages> pages_, int num_bits, int segment_tokens)
-      : pages(std::move(pages_)), index(pages->pages, num_bits, segment_tokens) {}
-};
-
 std::unique_ptr<BoundIndex> make_index(std::shared_ptr<BoundPages> pages, int64_t num_bits,
                                        int64_t segment_tokens) {
   check_has_codes(pages->pages);
@@ -438,9 +285,7 @@ py::tuple decode(const BoundPages& pages, const BoundIndex* index, const Inclusi
   in.query = input<float>("query", query,
                           {{"num_reqs", requests.size}, {"num_q_heads"}, {"head_size", head_size}});
   in.num_q_heads = check_query_heads(query.shape(1), pages.pages);
-  if (!std::isfinite(scale))
-    refuse("scale is ", scale, ", but must be finite; pass the model's softmax scale.");
-  in.scale = static_cast<float>(scale);
+  in.scale = finite_scale(scale);
   in.exact_below = token_count("exact_below", exact_below);
 
   const int given =
@@ -451,17 +296,10 @@ py::tuple decode(const BoundPages& pages, const BoundIndex* index, const Inclusi
            "four and exact attention none; pass all or None.");
   in.sampled = given == 4;
   if (in.sampled) {
-    if (index->pages.get() != &pages)
-      refuse("index belongs to other pages; pass the index made from these.");
+    check_same_pages(*index, pages);
     in.rule = rule_of(index->index, *query_codes, requests.size, in.num_q_heads, min_matches,
                       sink_tokens, window_tokens);
-    if (table->num_bits != index->index.num_bits() ||
-        table->num_tables != pages.pages.layout().num_tables ||
-        table->min_matches != in.rule.min_matches)
-      refuse("table is for (K, L, min_matches) = (", table->num_bits, ", ", table->num_tables, ", ",
-             table->min_matches, "), but this call is for (", index->index.num_bits(), ", ",
-             pages.pages.layout().num_tables, ", ", in.rule.min_matches,
-             "); make an InclusionTable for it.");
+    check_table(*table, index->index, in.rule.min_matches);
     in.table = table;
     in.center =
         input<float>("center", *center,
@@ -487,7 +325,6 @@ py::tuple decode(const BoundPages& pages, const BoundIndex* index, const Inclusi
 
 PYBIND11_MODULE(_C, m) {
   using py::arg;
-  const auto array = [](const char* name) { return py::arg(name).noconvert(); };
 
   py::enum_<Isa>(m, "Isa")
       .value("portable", Isa::portable)
@@ -495,12 +332,12 @@ PYBIND11_MODULE(_C, m) {
       .value("avx512", Isa::avx512);
   m.def("resolve_isa", &resolve_isa, arg("name"));
 
-  py::class_<ThreadPool>(m, "ThreadPool")
+  py::class_<ThreadPool, std::shared_ptr<ThreadPool>>(m, "ThreadPool")
       .def(py::init(&make_pool), arg("cpus"))
       .def_property_readonly("num_threads", &ThreadPool::num_threads);
 
   py::class_<BoundPages, std::shared_ptr<BoundPages>>(m, "Pages")
-      .def(py::init(&make_pages), array("memory"), arg("row_dtype"), arg("block_size"),
+      .def(py::init(&make_pages), array_arg("memory"), arg("row_dtype"), arg("block_size"),
            arg("head_size"), arg("num_tables"))
       .def_static(
           "chunk_bytes",
@@ -509,22 +346,28 @@ PYBIND11_MODULE(_C, m) {
             return layout_of(row_dtype, block_size, head_size, num_tables).chunk_bytes();
           },
           arg("row_dtype"), arg("block_size"), arg("head_size"), arg("num_tables"))
-      .def("store_rows", &store_rows, array("key"), array("value"), array("slots"), arg("pool"))
-      .def("store_codes", &store_codes, array("codes"), array("slots"), arg("pool"))
-      .def("load_codes", &load_codes, array("slots"))
-      .def("epoch", &epoch, arg("block"));
+      .def("store_rows", &store_rows, array_arg("key"), array_arg("value"), array_arg("slots"),
+           arg("pool"))
+      .def("store_codes", &store_codes, array_arg("codes"), array_arg("slots"), arg("pool"))
+      .def("load_codes", &load_codes, array_arg("slots"))
+      .def("note_writes", &note_writes, array_arg("slots"))
+      .def("epoch", &epoch, arg("block"))
+      .def("written_blocks", &written_blocks)
+      .def_property_readonly("num_tokens", [](BoundPages& b) { return b.pages.num_tokens(); })
+      .def_property_readonly("num_used_blocks",
+                             [](BoundPages& b) { return b.pages.num_used_blocks(); });
 
-  m.def("pack_codes", &pack_codes_array, array("projections"), arg("num_bits"), arg("isa"),
+  m.def("pack_codes", &pack_codes_array, array_arg("projections"), arg("num_bits"), arg("isa"),
         arg("pool"));
 
-  py::class_<InclusionTable>(m, "InclusionTable")
+  py::class_<InclusionTable, std::shared_ptr<InclusionTable>>(m, "InclusionTable")
       .def(py::init(&make_table), arg("num_bits"), arg("num_tables"), arg("min_matches"))
-      .def("log_u", &log_u_array, array("cosine"), arg("isa"));
+      .def("log_u", &log_u_array, array_arg("cosine"), arg("isa"));
 
-  py::class_<BoundIndex>(m, "LshIndex")
+  py::class_<BoundIndex, std::shared_ptr<BoundIndex>>(m, "LshIndex")
       .def(py::init(&make_index), arg("pages"), arg("num_bits"), arg("segment_tokens"))
-      .def("seal", &seal, array("block_tables"), array("seq_lens"), arg("pool"))
-      .def("count_sealed", &count_sealed, array("block_table"), arg("num_tokens"))
+      .def("seal", &seal, array_arg("block_tables"), array_arg("seq_lens"), arg("pool"))
+      .def("count_sealed", &count_sealed, array_arg("block_table"), arg("num_tokens"))
       .def(
           "clear", [](BoundIndex& self) { self.index.clear(); },
           py::call_guard<py::gil_scoped_release>())
@@ -535,15 +378,17 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("segments_dropped",
                              [](BoundIndex& b) { return b.index.segments_dropped(); });
 
-  m.def("sample", &sample_arrays, arg("index"), array("query_codes"), array("block_tables"),
-        array("seq_lens"), py::kw_only(), arg("min_matches"), arg("sink_tokens"),
+  m.def("sample", &sample_arrays, arg("index"), array_arg("query_codes"), array_arg("block_tables"),
+        array_arg("seq_lens"), py::kw_only(), arg("min_matches"), arg("sink_tokens"),
         arg("window_tokens"), arg("isa"), arg("pool"));
 
   m.def("decode_attention", &decode, arg("pages"), arg("index").none(true), arg("table").none(true),
-        array("query"), array("query_codes").none(true), array("center").none(true),
-        array("block_tables"), array("seq_lens"), array("out"), array("lse"), py::kw_only(),
-        arg("scale"), arg("min_matches"), arg("sink_tokens"), arg("window_tokens"),
+        array_arg("query"), array_arg("query_codes").none(true), array_arg("center").none(true),
+        array_arg("block_tables"), array_arg("seq_lens"), array_arg("out"), array_arg("lse"),
+        py::kw_only(), arg("scale"), arg("min_matches"), arg("sink_tokens"), arg("window_tokens"),
         arg("exact_below"), arg("isa"), arg("pool"));
+
+  bind_streams(m);
 }
 
 }  // namespace magicpig

@@ -182,6 +182,8 @@ class Step {
       plans_.push_back(make_plan(requests, r, rule, input.exact_below));
       first_part_.push_back(num_parts);
       num_parts += static_cast<size_t>(plans_.back().num_parts() * pages.num_kv_heads());
+      for (const LshIndex::SegmentPtr& segment : plans_.back().segments)
+        output.unsealed_stretches += segment == nullptr;
     }
     tasks_ = make_tasks(plans_, pages.num_kv_heads(), true);
     partials_.reset(new Partial[num_parts * group_]);
@@ -387,6 +389,11 @@ class Step {
 };
 
 }  // namespace
+
+int middle_tokens(int num_tokens, const SampleRule& rule) {
+  const TokenRange middle = middle_of(num_tokens, rule);
+  return middle.end - middle.begin;
+}
 
 std::vector<std::vector<std::vector<int32_t>>> sample(const Requests& requests, int num_q_heads,
                                                       const SampleRule& rule, Isa isa,

@@ -14,6 +14,16 @@ namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 
+/// Codes of a tile, at most no_bucket; table l goes to out + l * stride. A new owner may be writing
+/// the tile, in which case LshIndex::build discards what it makes of them: a race by design.
+__attribute__((no_sanitize("thread"))) void copy_codes(const uint16_t* tile, int num_tables,
+                                                       uint16_t no_bucket, uint16_t* out,
+                                                       size_t stride) {
+  for (int l = 0; l < num_tables; ++l)
+    for (int i = 0; i < kTileTokens; ++i)
+      out[l * stride + i] = std::min(tile[l * kTileTokens + i], no_bucket);
+}
+
 }  // namespace
 
 void pack_codes(const float* projections, size_t num_rows, int num_tables, int num_bits,
@@ -28,8 +38,8 @@ void pack_codes(const float* projections, size_t num_rows, int num_tables, int n
   });
 }
 
-bool LshIndex::current(const Segment& segment) const {
-  return std::all_of(segment.sources.begin(), segment.sources.end(), [&](const auto& source) {
+bool LshIndex::current(const Stretch& stretch) const {
+  return std::all_of(stretch.begin(), stretch.end(), [&](const Segment::Source& source) {
     return pages_.epoch(source.block) == source.epoch;
   });
 }
@@ -55,12 +65,16 @@ std::vector<LshIndex::SegmentPtr> LshIndex::find(const int32_t* blocks, int num_
   return found;
 }
 
-size_t LshIndex::seal(const Requests& requests, ThreadPool& pool) {
-  std::lock_guard<std::mutex> one_at_a_time(seal_mutex_);
-  drop_stale();
+/// Whether this very stretch has a segment.
+bool LshIndex::holds(const Stretch& stretch) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto it = by_last_block_.find(stretch.back().block);
+  return it != by_last_block_.end() && it->second->sources == stretch;
+}
 
+std::vector<LshIndex::Stretch> LshIndex::missing(const Requests& requests) const {
   const int per_segment = segment_tokens_ / pages_.layout().block_size;
-  std::vector<std::shared_ptr<Segment>> missing;
+  std::vector<Stretch> stretches;
   // Two requests can end a stretch in one block and differ before it. The first of the batch has
   // it; replacing it for each in turn would build both anew in every call.
   std::unordered_set<int32_t> claimed;
@@ -70,17 +84,32 @@ size_t LshIndex::seal(const Requests& requests, ThreadPool& pool) {
     for (size_t j = 0; j < found.size(); ++j) {
       const int32_t* first = blocks + j * per_segment;
       if (!claimed.insert(first[per_segment - 1]).second || found[j]) continue;
-      missing.push_back(allocate(first));
+      Stretch& stretch = stretches.emplace_back();
+      stretch.reserve(static_cast<size_t>(per_segment));
+      for (int i = 0; i < per_segment; ++i) stretch.push_back({first[i], pages_.epoch(first[i])});
     }
   }
+  return stretches;
+}
 
+size_t LshIndex::build(const std::vector<Stretch>& stretches, ThreadPool& pool) {
+  std::lock_guard<std::mutex> one_at_a_time(build_mutex_);
+  drop_stale();
+
+  std::vector<std::shared_ptr<Segment>> segments;
+  for (const Stretch& stretch : stretches)
+    if (current(stretch) && !holds(stretch)) segments.push_back(allocate(stretch));
   const size_t heads = static_cast<size_t>(pages_.num_kv_heads());
-  pool.run(missing.size() * heads, [&](size_t task, int) {
-    build(*missing[task / heads], static_cast<int>(task % heads));
+  pool.run(segments.size() * heads, [&](size_t task, int) {
+    sort_codes(*segments[task / heads], static_cast<int>(task % heads));
   });
 
+  // A seqlock's end: codes that were read too late come from writes whose epochs are seen here.
+  std::atomic_thread_fence(std::memory_order_acquire);
   std::lock_guard<std::mutex> lock(mutex_);
-  for (const auto& segment : missing) {
+  size_t kept = 0;
+  for (const auto& segment : segments) {
+    if (!current(segment->sources)) continue;
     SegmentPtr& place = by_last_block_[segment->sources.back().block];
     if (place) {
       num_bytes_ -= place->num_bytes();
@@ -88,18 +117,18 @@ size_t LshIndex::seal(const Requests& requests, ThreadPool& pool) {
     }
     num_bytes_ += segment->num_bytes();
     place = segment;
+    ++kept;
   }
-  segments_built_ += missing.size();
-  return missing.size();
+  segments_built_ += kept;
+  return kept;
 }
 
 void LshIndex::drop_stale() {
   const uint64_t now = pages_.epochs_started();
-  if (now == swept_at_) return;
-  swept_at_ = now;
+  if (swept_at_.exchange(now, std::memory_order_relaxed) == now) return;
   std::lock_guard<std::mutex> lock(mutex_);
   for (auto it = by_last_block_.begin(); it != by_last_block_.end();) {
-    if (current(*it->second)) {
+    if (current(it->second->sources)) {
       ++it;
       continue;
     }
@@ -109,12 +138,9 @@ void LshIndex::drop_stale() {
   }
 }
 
-std::shared_ptr<Segment> LshIndex::allocate(const int32_t* blocks) const {
+std::shared_ptr<Segment> LshIndex::allocate(const Stretch& stretch) const {
   auto segment = std::make_shared<Segment>();
-  const int num_blocks = segment_tokens_ / pages_.layout().block_size;
-  segment->sources.reserve(static_cast<size_t>(num_blocks));
-  for (int i = 0; i < num_blocks; ++i)
-    segment->sources.push_back({blocks[i], pages_.epoch(blocks[i])});
+  segment->sources = stretch;
   segment->segment_tokens = segment_tokens_;
   segment->num_buckets = 1 << num_bits_;
   segment->num_tables = pages_.layout().num_tables;
@@ -136,7 +162,7 @@ std::shared_ptr<Segment> LshIndex::allocate(const int32_t* blocks) const {
 
 /// A counting sort per table. A code of 2^K or more is no bucket's: it sorts behind them all, where
 /// no query finds it, as none equals it in a comparison of codes.
-void LshIndex::build(Segment& segment, int kv_head) const {
+void LshIndex::sort_codes(Segment& segment, int kv_head) const {
   constexpr int kTablesAtOnce = 8;  // of a tile, adjacent in the page: 512 bytes
   const size_t tokens = static_cast<size_t>(segment.segment_tokens);
   const int num_tables = segment.num_tables;
@@ -151,14 +177,10 @@ void LshIndex::build(Segment& segment, int kv_head) const {
   for (int first = 0; first < num_tables; first += kTablesAtOnce) {
     const int tables = std::min(kTablesAtOnce, num_tables - first);
     size_t token = 0;
-    for (const Segment::Source& source : segment.sources) {
-      for (int offset = 0; offset < block_size; offset += kTileTokens, token += kTileTokens) {
-        const uint16_t* tile = pages_.tile(source.block, kv_head, offset) + first * kTileTokens;
-        for (int l = 0; l < tables; ++l)
-          for (int i = 0; i < kTileTokens; ++i)
-            codes[l * tokens + token + i] = std::min(tile[l * kTileTokens + i], no_bucket);
-      }
-    }
+    for (const Segment::Source& source : segment.sources)
+      for (int offset = 0; offset < block_size; offset += kTileTokens, token += kTileTokens)
+        copy_codes(pages_.tile(source.block, kv_head, offset) + first * kTileTokens, tables,
+                   no_bucket, codes.data() + token, tokens);
     for (int l = 0; l < tables; ++l) {
       const uint16_t* code = codes.data() + l * tokens;
       std::fill(next.begin(), next.end(), 0);
@@ -180,7 +202,7 @@ void LshIndex::build(Segment& segment, int kv_head) const {
 }
 
 void LshIndex::clear() {
-  std::lock_guard<std::mutex> one_at_a_time(seal_mutex_);
+  std::lock_guard<std::mutex> one_at_a_time(build_mutex_);
   std::lock_guard<std::mutex> lock(mutex_);
   segments_dropped_ += by_last_block_.size();
   by_last_block_.clear();

@@ -29,6 +29,9 @@ Isa best_isa();
 
 // --------------------------------------------------------------------- threads (thread_pool.cpp)
 
+/// Pins the calling thread, whatever mask it has; false where the process may not use the CPU.
+bool pin_this_thread(int cpu);
+
 /// Worker threads, one pinned to each of cpus[1..]; the thread that calls run() stands in for
 /// cpus[0] and is not pinned, because it belongs to the caller. A CPU may be named more than once.
 ///
@@ -87,7 +90,8 @@ struct RowsView {
   ptrdiff_t head_stride;
 };
 
-/// The host pages of one layer, in the caller's memory, and the write epoch of every block.
+/// The host pages of one layer, in the caller's memory; the write epoch of every block, and how
+/// many tokens it holds.
 class Pages {
  public:
   /// chunk_bytes: distance of two chunks, even and at least layout.chunk_bytes(). memory is aligned
@@ -111,8 +115,8 @@ class Pages {
            static_cast<size_t>(offset / kTileTokens) * layout_.tile_codes();
   }
 
-  /// slots: block * block_size + offset, -1 skips, no slot twice. A write to offset 0 says that the
-  /// block has a new owner: it starts a new epoch, before any byte of the block changes.
+  /// slots: block * block_size + offset, -1 skips, no slot twice, each request's in the order of
+  /// its tokens. Notes the writes before any byte changes.
   void store_rows(RowsView key, RowsView value, const int64_t* slots, size_t num_tokens,
                   ThreadPool& pool);
   /// codes: [num_tokens][num_kv_heads][L].
@@ -120,11 +124,27 @@ class Pages {
                    ThreadPool& pool);
   void load_codes(const int64_t* slots, size_t num_tokens, uint16_t* codes) const;
 
+  /// A write to offset 0 says that the block has a new owner: it starts a new epoch. A block fills
+  /// from its start, so that it holds o + 1 tokens after a write at offset o.
+  ///
+  /// Who writes to the pages by other means may note it later, but before anything is looked up for
+  /// the new owner. Any thread may call this at any time.
+  void note_writes(const int64_t* slots, size_t num_tokens);
+  /// Every block starts a new epoch: for when it is not known which blocks were written.
+  void distrust();
+
   uint64_t epoch(int block) const { return epochs_[block].load(std::memory_order_acquire); }
   /// Epochs started in all blocks together: unchanged means that nothing went stale.
   uint64_t epochs_started() const { return epochs_started_.load(std::memory_order_acquire); }
 
+  /// Tokens that a block holds, and all blocks together; blocks that hold any.
+  int num_tokens(int block) const { return held_[block].load(std::memory_order_relaxed); }
+  int64_t num_tokens() const { return num_tokens_.load(std::memory_order_relaxed); }
+  int num_used_blocks() const { return num_used_blocks_.load(std::memory_order_relaxed); }
+
  private:
+  void start_epoch(int64_t block);
+
   uint8_t* memory_;
   int num_blocks_;
   int num_kv_heads_;
@@ -132,6 +152,9 @@ class Pages {
   PageLayout layout_;
   std::unique_ptr<std::atomic<uint64_t>[]> epochs_;
   std::atomic<uint64_t> epochs_started_{0};
+  std::unique_ptr<std::atomic<int32_t>[]> held_;
+  std::atomic<int64_t> num_tokens_{0};
+  std::atomic<int> num_used_blocks_{0};
 };
 
 // ---------------------------------------------------------------------- LSH index (lsh_index.cpp)
@@ -162,6 +185,10 @@ struct Segment {
   struct Source {
     int32_t block;
     uint64_t epoch;
+
+    bool operator==(const Source& other) const {
+      return block == other.block && epoch == other.epoch;
+    }
   };
   static constexpr uint16_t kNoBucket = 0xffff;
 
@@ -196,10 +223,14 @@ struct Requests {
 };
 
 /// Sealed segments of one layer, found by the last block of their stretch and trusted only while
-/// every block they cover still has the epoch it had when they were built.
+/// every block they cover still has the epoch it had when the stretch was known to be complete.
+///
+/// Lookups, writes to the pages and one build may all go on at once.
 class LshIndex {
  public:
   using SegmentPtr = std::shared_ptr<const Segment>;
+  /// A full stretch, by its blocks and their epochs.
+  using Stretch = std::vector<Segment::Source>;
 
   LshIndex(const Pages& pages, int num_bits, int segment_tokens)
       : pages_(pages), num_bits_(num_bits), segment_tokens_(segment_tokens) {}
@@ -208,8 +239,20 @@ class LshIndex {
   int num_bits() const { return num_bits_; }
   int segment_tokens() const { return segment_tokens_; }
 
-  /// Frees stale segments, builds those that the requests' full stretches lack; returns how many.
-  size_t seal(const Requests& requests, ThreadPool& pool);
+  /// The requests' full stretches that lack a segment. Their rows and codes are in the pages, and
+  /// their blocks the requests' own, while this is called.
+  std::vector<Stretch> missing(const Requests& requests) const;
+  /// Frees stale segments and builds those of the stretches that still lack one. A segment is kept
+  /// only if its blocks have their epochs once it is built: till then, any of them may have been
+  /// given to a new owner and overwritten. Returns how many were kept.
+  size_t build(const std::vector<Stretch>& stretches, ThreadPool& pool);
+  /// Builds what is missing.
+  size_t seal(const Requests& requests, ThreadPool& pool) { return build(missing(requests), pool); }
+  /// Whether a build might free a segment.
+  bool may_hold_stale() const {
+    return swept_at_.load(std::memory_order_relaxed) != pages_.epochs_started() &&
+           num_segments() > 0;
+  }
   /// The valid segment of each full stretch of a request, or null.
   std::vector<SegmentPtr> find(const int32_t* blocks, int num_tokens) const;
   void clear();
@@ -220,17 +263,18 @@ class LshIndex {
   size_t segments_dropped() const;
 
  private:
-  bool current(const Segment& segment) const;
+  bool current(const Stretch& stretch) const;
   bool covers(const Segment& segment, const int32_t* blocks) const;
+  bool holds(const Stretch& stretch) const;
   void drop_stale();
-  std::shared_ptr<Segment> allocate(const int32_t* blocks) const;
-  void build(Segment& segment, int kv_head) const;
+  std::shared_ptr<Segment> allocate(const Stretch& stretch) const;
+  void sort_codes(Segment& segment, int kv_head) const;
 
   const Pages& pages_;
   const int num_bits_;
   const int segment_tokens_;
-  std::mutex seal_mutex_;  // one seal at a time; lookups go on meanwhile
-  uint64_t swept_at_ = 0;
+  std::mutex build_mutex_;  // one build at a time; lookups go on meanwhile
+  std::atomic<uint64_t> swept_at_{0};
 
   mutable std::mutex mutex_;  // guards what follows
   std::unordered_map<int32_t, SegmentPtr> by_last_block_;
@@ -270,6 +314,9 @@ struct SampleRule {
   int window_tokens;
 };
 
+/// Tokens between sinks and window; source: reference.middle.
+int middle_tokens(int num_tokens, const SampleRule& rule);
+
 /// Ascending positions, [request][query head].
 std::vector<std::vector<std::vector<int32_t>>> sample(const Requests& requests, int num_q_heads,
                                                       const SampleRule& rule, Isa isa,
@@ -292,6 +339,7 @@ struct DecodeOutput {
   int32_t* sampled_rows;   // [num_reqs][num_q_heads], -1 where exact
   uint64_t lookup_ns = 0;  // summed over threads
   uint64_t attention_ns = 0;
+  size_t unsealed_stretches = 0;  // full stretches of sampled requests without a segment
 };
 
 /// One decode step. The result does not depend on the number of threads, nor on which segments

@@ -29,17 +29,49 @@ Pages::Pages(uint8_t* memory, int num_blocks, int num_kv_heads, size_t chunk_byt
       num_kv_heads_(num_kv_heads),
       chunk_bytes_(chunk_bytes),
       layout_(layout),
-      epochs_(new std::atomic<uint64_t>[static_cast<size_t>(num_blocks)]) {
-  for (int block = 0; block < num_blocks; ++block) epochs_[block].store(0);
+      epochs_(new std::atomic<uint64_t>[static_cast<size_t>(num_blocks)]),
+      held_(new std::atomic<int32_t>[static_cast<size_t>(num_blocks)]) {
+  for (int block = 0; block < num_blocks; ++block) {
+    epochs_[block].store(0);
+    held_[block].store(0);
+  }
+}
+
+void Pages::start_epoch(int64_t block) {
+  epochs_[block].fetch_add(1, std::memory_order_acq_rel);
+  epochs_started_.fetch_add(1, std::memory_order_acq_rel);
+}
+
+void Pages::note_writes(const int64_t* slots, size_t num_tokens) {
+  size_t token = 0;
+  while (token < num_tokens) {
+    const int64_t slot = slots[token++];
+    if (slot < 0) continue;
+    const int64_t block = slot / layout_.block_size;
+    const int64_t offset = slot % layout_.block_size;
+    if (offset == 0) start_epoch(block);
+    // The rest of a run within the block is counted by its last token.
+    int64_t run = 1;
+    while (token < num_tokens && offset + run < layout_.block_size && slots[token] == slot + run) {
+      ++token;
+      ++run;
+    }
+    const int32_t held = static_cast<int32_t>(offset + run);
+    const int32_t before = held_[block].exchange(held, std::memory_order_relaxed);
+    num_tokens_.fetch_add(held - before, std::memory_order_relaxed);
+    if (before == 0) num_used_blocks_.fetch_add(1, std::memory_order_relaxed);
+  }
+  // What is written from here on comes after the epochs for whoever reads it (LshIndex::build).
+  std::atomic_thread_fence(std::memory_order_release);
+}
+
+void Pages::distrust() {
+  for (int block = 0; block < num_blocks_; ++block) start_epoch(block);
 }
 
 void Pages::store_rows(RowsView key, RowsView value, const int64_t* slots, size_t num_tokens,
                        ThreadPool& pool) {
-  for (size_t token = 0; token < num_tokens; ++token) {
-    if (slots[token] < 0 || slots[token] % layout_.block_size != 0) continue;
-    epochs_[slots[token] / layout_.block_size].fetch_add(1, std::memory_order_acq_rel);
-    epochs_started_.fetch_add(1, std::memory_order_acq_rel);
-  }
+  note_writes(slots, num_tokens);
   const size_t half = layout_.row_bytes() / 2;
   for_each_token(num_tokens, pool, [&](size_t token) {
     if (slots[token] < 0) return;

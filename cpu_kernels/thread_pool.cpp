@@ -173,6 +173,8 @@ struct ThreadPool::Workers {
   }
 };
 
+bool pin_this_thread(int cpu) { return pin(pthread_self(), cpu); }
+
 ThreadPool::ThreadPool(const std::vector<int>& cpus)
     : num_threads_(static_cast<int>(cpus.size())), owner_pid_(getpid()) {
   check_cpus(cpus);

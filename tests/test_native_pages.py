@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -99,6 +101,68 @@ def test_only_a_write_to_offset_0_starts_an_epoch() -> None:
     assert write(64) == [1, 0, 2, 0]
     layer.pages.store_codes(np.zeros((1, 1, 8), np.uint16), np.array([64], np.int64), pool())
     assert layer.pages.epoch(2) == 2
+
+
+def test_a_block_holds_what_was_written_since_its_epoch() -> None:
+    pages = Layer(num_blocks=5).pages
+
+    def write(*slots: int) -> tuple[list[int], int, int, list[int]]:
+        pages.note_writes(np.array(slots, np.int64))
+        epochs = [pages.epoch(block) for block in range(5)]
+        return epochs, pages.num_tokens, pages.num_used_blocks, pages.written_blocks().tolist()
+
+    assert write() == ([0, 0, 0, 0, 0], 0, 0, [])
+    assert write(-1, -1) == ([0, 0, 0, 0, 0], 0, 0, [])
+    # Two requests, of which the first goes on in block 3.
+    assert write(*range(32, 64), 96, 97, *range(0, 5)) == ([1, 1, 0, 1, 0], 39, 3, [0, 1, 3])
+    assert write(98) == ([1, 1, 0, 1, 0], 40, 3, [0, 1, 3])
+    assert write(-1, 5, -1, 99, 100) == ([1, 1, 0, 1, 0], 43, 3, [0, 1, 3])
+    # Block 1 gets a new owner: what it held no longer counts.
+    assert write(32) == ([1, 2, 0, 1, 0], 12, 3, [0, 1, 3])
+    # Adjacent blocks in a run of slots, the last one full.
+    assert write(*range(128, 160), *range(64, 96)) == ([1, 2, 1, 1, 1], 76, 5, [0, 1, 2, 3, 4])
+    assert pages.written_blocks().dtype == np.int32
+
+
+def test_note_writes_counts_as_store_rows_does() -> None:
+    """The same slots through both, in two layers."""
+    noted, stored = (Layer(9, block_size=64, segment_tokens=64) for _ in range(2))
+    generator = np.random.default_rng(0)
+    for _ in range(60):
+        block, start = generator.integers(9), generator.integers(3) * 20
+        stop = generator.integers(start, 65)
+        other = generator.integers(9) * 64
+        slots = np.concatenate([block * 64 + np.arange(start, stop), [-1], [other, other + 1]])
+        rows = row_bits(torch.zeros(len(slots), 1, 16))
+        noted.pages.note_writes(slots)
+        stored.pages.store_rows(rows, rows, slots, pool())
+        assert [noted.pages.epoch(b) for b in range(9)] == [stored.pages.epoch(b) for b in range(9)]
+        assert noted.pages.num_tokens == stored.pages.num_tokens
+        np.testing.assert_array_equal(noted.pages.written_blocks(), stored.pages.written_blocks())
+    assert (noted.memory == 0xA5).all()
+
+
+def test_writes_are_noted_from_several_threads() -> None:
+    """Each fills blocks of its own, again and again, and they share a last one."""
+    pages = Layer(num_blocks=4 * 8 + 1).pages
+    shared = np.array([32 * 32], np.int64)
+
+    def write(first_block: int) -> None:
+        slots = np.arange(first_block * 32, (first_block + 8) * 32)
+        for _ in range(50):
+            for start in range(0, len(slots), 7):
+                pages.note_writes(slots[start : start + 7])
+            pages.note_writes(shared)
+
+    threads = [threading.Thread(target=write, args=(8 * i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [pages.epoch(block) for block in range(32)] == [50] * 32
+    assert pages.epoch(32) == 4 * 50
+    assert pages.num_tokens == 32 * 32 + 1
+    assert pages.num_used_blocks == 33
 
 
 def test_nothing_is_a_valid_amount() -> None:

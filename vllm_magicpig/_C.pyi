@@ -73,7 +73,22 @@ class Pages:
         """codes: uint16 [num_tokens, num_kv_heads, L]."""
     def load_codes(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16]:
         """uint16 [num_tokens, num_kv_heads, L]."""
+    def note_writes(self, slots: npt.NDArray[np.int64]) -> None:
+        """The bookkeeping of `store_rows` for tokens that something else writes to the pages.
+
+        slots as in store_rows, in the order of the tokens. A write to offset 0 of a block starts a
+        new epoch; a block fills from its start, so that after a write at offset o it holds o + 1
+        tokens. Safe to call from several threads at once.
+        """
     def epoch(self, block: int) -> int: ...
+    def written_blocks(self) -> npt.NDArray[np.int32]:
+        """Blocks that hold tokens, ascending. A freed block counts until its next owner's writes."""
+    @property
+    def num_tokens(self) -> int:
+        """Tokens held in all blocks."""
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks that hold tokens."""
 
 def pack_codes(
     projections: npt.NDArray[np.float32], num_bits: int, isa: Isa, pool: ThreadPool
@@ -165,3 +180,167 @@ def decode_attention(
     Returns (rows sampled from the middle, int32 [num_reqs, num_q_heads], -1 where exact;
     nanoseconds spent in lookup and in attention, summed over threads).
     """
+
+# ------------------------------------------------------------------------ decode in stream order
+
+def find_launch_host_func() -> int:
+    """Address of cuLaunchHostFunc in libcuda.so.1; RuntimeError where the driver is missing."""
+
+class HostCallbacks:
+    """Host work in stream order, and the errors it runs into.
+
+    launch_host_func: address of a function with cuLaunchHostFunc's signature,
+    CUresult(CUstream, void (*)(void *), void *). A launch that it refuses raises RuntimeError at
+    once, with its code. Work that fails fills its outputs with NaN, and so does all work after it
+    until `raise_error` has raised; host work never touches Python.
+    """
+
+    def __init__(self, launch_host_func: int) -> None: ...
+    def raise_error(self) -> None:
+        """Raises RuntimeError with the first error since the last raise; nothing without one."""
+    @property
+    def pending(self) -> int:
+        """Callbacks launched and not yet finished."""
+
+class StreamMetadata:
+    """The arrays in host memory that a stream fills with each step's metadata.
+
+    block_tables: int32 [max_reqs, max_blocks]; seq_lens: int32 [max_reqs]; slots: int64
+    [max_tokens]. The stream may fill them for the next step once the first host callback of this
+    step has run: that one copies what the step needs.
+    """
+
+    def __init__(
+        self,
+        block_tables: npt.NDArray[np.int32],
+        seq_lens: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.int64],
+    ) -> None: ...
+
+class StreamStep:
+    """What is known about a step when it is enqueued; the rest is in `metadata` when it runs.
+
+    decode_rows: int32 [num_decodes], rows of requests that decode one token; decode_tokens: int64
+    [num_decodes], the tokens' flat positions; chunk_rows: int32 [num_chunks], rows of requests that
+    prefill; chunk_starts, chunk_stops: int64 [num_chunks], their flat token ranges. All are copied.
+    seq_lens include the step's own tokens. A slot of -1 means a padded or dummy row: nothing of it
+    is stored or indexed, its length and blocks are not looked at, and a decode gets zeros.
+    Metadata that is out of range is an error of the step's first callback (HostCallbacks).
+    """
+
+    def __init__(
+        self,
+        metadata: StreamMetadata,
+        num_reqs: int,
+        num_tokens: int,
+        decode_rows: npt.NDArray[np.int32],
+        decode_tokens: npt.NDArray[np.int64],
+        chunk_rows: npt.NDArray[np.int32],
+        chunk_starts: npt.NDArray[np.int64],
+        chunk_stops: npt.NDArray[np.int64],
+    ) -> None: ...
+
+class DecodeExchange:
+    """Buffers in host memory through which decodes go; layers in one stream order share them.
+
+    query: float32 [max_decodes, num_q_heads, head_size]; key, value: row dtype [max_decodes,
+    num_kv_heads, head_size]; query_codes: uint16 [max_decodes, num_q_heads, L]; key_codes: uint16
+    [max_decodes, num_kv_heads, L]; out: float32 like query. The codes may be None in exact mode.
+    """
+
+    def __init__(
+        self,
+        query: npt.NDArray[np.float32],
+        key: Rows,
+        value: Rows,
+        query_codes: npt.NDArray[np.uint16] | None,
+        key_codes: npt.NDArray[np.uint16] | None,
+        out: npt.NDArray[np.float32],
+    ) -> None: ...
+    @property
+    def max_decodes(self) -> int: ...
+
+class SegmentBuilder:
+    """One background thread, with workers on `cpus`, that builds segments for all layers.
+
+    Nothing waits for it: what lacks a segment is compared by code. Its threads are niced by 10. A
+    segment is kept only if no block it covers has had a new owner since it was asked for. One entry
+    per layer waits at most; a newer one replaces it, and the next decode step asks for the rest.
+    """
+
+    def __init__(self, cpus: Sequence[int]) -> None: ...
+    def drain(self) -> None:
+        """Waits until nothing is queued or running."""
+    def raise_error(self) -> None:
+        """Raises RuntimeError with the first error since the last raise; nothing without one."""
+    @property
+    def pending(self) -> int:
+        """Layers queued or running."""
+
+class StreamCounters:
+    """What one layer did so far; times in nanoseconds, lookup and attention summed over threads."""
+
+    @property
+    def decode_steps(self) -> int: ...
+    @property
+    def sampled_heads(self) -> int: ...
+    @property
+    def exact_heads(self) -> int: ...
+    @property
+    def sampled_rows(self) -> int: ...
+    @property
+    def middle_rows(self) -> int: ...
+    @property
+    def lookup_ns(self) -> int: ...
+    @property
+    def attend_ns(self) -> int: ...
+    @property
+    def store_ns(self) -> int:
+        """Writing the decoded tokens' rows and codes."""
+    @property
+    def step_ns(self) -> int:
+        """Whole decode callbacks."""
+
+class StreamLayer:
+    """The host side of one sparse layer: what its stream callbacks do.
+
+    index and table are both given, or both None for exact attention; without a builder no segments
+    are built. The other arguments are those of decode_attention, except that a middle of no tokens
+    is always attended exactly.
+    """
+
+    def __init__(
+        self,
+        pages: Pages,
+        index: LshIndex | None,
+        table: InclusionTable | None,
+        exchange: DecodeExchange,
+        callbacks: HostCallbacks,
+        builder: SegmentBuilder | None,
+        *,
+        scale: float,
+        min_matches: int,
+        sink_tokens: int,
+        window_tokens: int,
+        exact_below: int,
+        isa: Isa,
+        pool: ThreadPool,
+    ) -> None: ...
+    def set_center(self, center: npt.NDArray[np.float32]) -> None:
+        """center: float32 [num_kv_heads, head_size], copied; once. What is launched before it
+        decodes exactly and stores no codes; what is launched after it relies on the codes of all
+        tokens that its requests hold."""
+    def launch_stored(self, stream: int, step: StreamStep) -> None:
+        """Notes the writes of the step's chunks, whose rows and codes the stream has stored by now,
+        and asks the builder for segments. Any decode of these requests, or over their blocks, must
+        come after it in stream order. Launches nothing for a step without chunks."""
+    def launch_decode(self, stream: int, step: StreamStep) -> None:
+        """Stores the step's decoded tokens from the exchange and attends: exchange.out[:num_decodes]
+        holds the result in stream order. Launches nothing for a step without decodes.
+
+        Raises ValueError when the exchange is too small for the step.
+        """
+    @property
+    def counters(self) -> StreamCounters: ...
+    def recent_rows(self) -> npt.NDArray[np.int32]:
+        """Rows sampled by the last query heads, at most 16,384, in no particular order."""

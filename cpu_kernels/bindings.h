@@ -1,0 +1,167 @@
+// What the binding files share: arrays checked into pointers, and the objects that own memory.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <sstream>
+#include <string>
+#include <utility>
+
+#include "checks.h"
+#include "magicpig.h"
+
+namespace magicpig {
+
+namespace py = pybind11;
+
+/// bindings_stream.cpp.
+void bind_streams(py::module_& m);
+
+/// An array argument: never converted, since what is written into a copy is lost.
+inline py::arg array_arg(const char* name) { return py::arg(name).noconvert(); }
+
+// --------------------------------------------------------------------------------------- objects
+
+/// The pages, and the array whose memory they are.
+struct BoundPages {
+  py::array memory;
+  Pages pages;
+};
+
+/// The index, and the pages that it reads.
+struct BoundIndex {
+  std::shared_ptr<BoundPages> pages;
+  LshIndex index;
+
+  BoundIndex(std::shared_ptr<BoundPages> pages_, int num_bits, int segment_tokens)
+      : pages(std::move(pages_)), index(pages->pages, num_bits, segment_tokens) {}
+};
+
+// ---------------------------------------------------------------------------------------- checks
+
+inline void check_isa(Isa isa) {
+  if (!isa_available(isa))
+    refuse("isa is ", isa_name(isa),
+           ", which this build or this CPU lacks; use resolve_isa(\"auto\")"
+           " or \"portable\".");
+}
+
+/// One dimension of a shape: its name, and its size where that is given.
+struct Dim {
+  const char* name;
+  int64_t size = -1;
+};
+
+inline std::string shape_text(const py::array& array) {
+  std::ostringstream text;
+  text << '(';
+  for (py::ssize_t i = 0; i < array.ndim(); ++i) text << (i ? ", " : "") << array.shape(i);
+  text << ')';
+  return text.str();
+}
+
+inline void check_shape(const char* name, const py::array& array, std::initializer_list<Dim> dims) {
+  const bool fits =
+      std::equal(dims.begin(), dims.end(), array.shape(), array.shape() + array.ndim(),
+                 [](const Dim& dim, py::ssize_t size) { return dim.size < 0 || dim.size == size; });
+  if (fits) return;
+  std::ostringstream wanted;
+  const char* comma = "";
+  for (const Dim& dim : dims) {
+    wanted << comma << dim.name;
+    if (dim.size >= 0) wanted << " = " << dim.size;
+    comma = ", ";
+  }
+  refuse(name, " has shape ", shape_text(array), ", but [", wanted.str(),
+         "] is needed; reshape it.");
+}
+
+template <class T>
+void check_dtype(const char* name, const py::array& array) {
+  if (!py::isinstance<py::array_t<T>>(array))
+    refuse(name, " is ", py::cast<std::string>(py::str(array.dtype())), ", but ",
+           py::cast<std::string>(py::str(py::dtype::of<T>())), " is needed; convert it.");
+  if (!(array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_))
+    refuse(name, " is not aligned to its ", sizeof(T), "-byte elements; copy it.");
+}
+
+template <class T>
+const T* input(const char* name, const py::array& array, std::initializer_list<Dim> dims) {
+  check_shape(name, array, dims);
+  check_dtype<T>(name, array);
+  if (!(array.flags() & py::array::c_style))
+    refuse(name, " of shape ", shape_text(array),
+           " is not C-contiguous, but is read as one run of memory; use np.ascontiguousarray.");
+  return static_cast<const T*>(array.data());
+}
+
+template <class T>
+T* output(const char* name, py::array& array, std::initializer_list<Dim> dims) {
+  input<T>(name, array, dims);
+  if (!array.writeable())
+    refuse(name, " of shape ", shape_text(array),
+           " is read-only, but is written; pass a writable "
+           "array.");
+  return static_cast<T*>(array.mutable_data());
+}
+
+/// Rows of a caller, in any strides but with whole rows contiguous.
+inline RowsView rows_view(const char* name, const py::array& array, const Pages& pages,
+                          int64_t num_tokens) {
+  check_shape(name, array,
+              {{"num_tokens", num_tokens},
+               {"num_kv_heads", pages.num_kv_heads()},
+               {"head_size", pages.layout().head_size}});
+  if (pages.layout().row_type == RowType::float32)
+    check_dtype<float>(name, array);
+  else
+    check_dtype<uint16_t>(name, array);
+  if (array.size() > 0 && array.shape(2) > 1 && array.strides(2) != array.itemsize())
+    refuse(name, " has a stride of ", array.strides(2),
+           " bytes in its last dimension, but rows must "
+           "be contiguous (",
+           array.itemsize(), "); copy it.");
+  return {static_cast<const uint8_t*>(array.data()), array.strides(0), array.strides(1)};
+}
+
+inline const int64_t* slots_of(const py::array& slots, const Pages& pages, int64_t num_tokens,
+                               int64_t lowest) {
+  const int64_t* slot = input<int64_t>("slots", slots, {{"num_tokens", num_tokens}});
+  for (py::ssize_t i = 0; i < slots.size(); ++i) check_slot(pages, i, slot[i], lowest);
+  return slot;
+}
+
+inline int check_query_heads(int64_t num_q_heads, const Pages& pages) {
+  const int64_t heads = pages.num_kv_heads();
+  if (num_q_heads < heads || num_q_heads % heads != 0 || num_q_heads / heads > 64)
+    refuse("num_q_heads is ", num_q_heads, ", but must be 1..64 times the pages' ", heads,
+           " kv heads; pass the query of this layer.");
+  return static_cast<int>(num_q_heads);
+}
+
+inline float finite_scale(double scale) {
+  if (!std::isfinite(scale))
+    refuse("scale is ", scale, ", but must be finite; pass the model's softmax scale.");
+  return static_cast<float>(scale);
+}
+
+inline void check_table(const InclusionTable& table, const LshIndex& index, int min_matches) {
+  const int num_tables = index.pages().layout().num_tables;
+  if (table.num_bits != index.num_bits() || table.num_tables != num_tables ||
+      table.min_matches != min_matches)
+    refuse("table is for (K, L, min_matches) = (", table.num_bits, ", ", table.num_tables, ", ",
+           table.min_matches, "), but this call is for (", index.num_bits(), ", ", num_tables, ", ",
+           min_matches, "); make an InclusionTable for it.");
+}
+
+inline void check_same_pages(const BoundIndex& index, const BoundPages& pages) {
+  if (index.pages.get() != &pages)
+    refuse("index belongs to other pages; pass the index made from these.");
+}
+
+}  // namespace magicpig

@@ -1,0 +1,226 @@
+// What the callbacks of a sparse layer do: note what the stream stored, or store and attend.
+#include <algorithm>
+#include <chrono>
+#include <limits>
+#include <utility>
+
+#include "checks.h"
+#include "stream.h"
+
+namespace magicpig {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+uint64_t nanoseconds(Clock::duration time) {
+  return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(time).count());
+}
+
+}  // namespace
+
+// ------------------------------------------------------------------------------------------ jobs
+
+class StreamLayer::Job : public HostJob {
+ public:
+  Job(std::shared_ptr<StreamLayer> layer, std::shared_ptr<StreamStep> step)
+      : layer_(std::move(layer)), center_(layer_->center()), step_(std::move(step)) {}
+
+  void run() final {
+    const StepContents* contents = step_->contents(*parts().pages);
+    if (contents == nullptr) return abandon();
+    run(*contents);
+  }
+
+  /// Writes that were not noted leave segments that seem valid: none is trusted any more.
+  void abandon() noexcept override { parts().pages->distrust(); }
+
+ protected:
+  virtual void run(const StepContents& contents) = 0;
+
+  const Parts& parts() const { return layer_->parts_; }
+
+  const std::shared_ptr<StreamLayer> layer_;
+  const Center center_;  // as of the launch
+  const std::shared_ptr<StreamStep> step_;
+};
+
+class StreamLayer::Stored final : public Job {
+ public:
+  using Job::Job;
+
+ private:
+  void run(const StepContents& contents) override {
+    layer_->note_chunks(contents, center_ != nullptr);
+  }
+};
+
+class StreamLayer::Decode final : public Job {
+ public:
+  using Job::Job;
+
+  void abandon() noexcept override {
+    const DecodeExchange& exchange = parts().exchange;
+    const size_t row = static_cast<size_t>(exchange.num_q_heads) *
+                       static_cast<size_t>(parts().pages->layout().head_size);
+    std::fill_n(exchange.out, step_->num_decodes() * row, std::numeric_limits<float>::quiet_NaN());
+    Job::abandon();
+  }
+
+ private:
+  void run(const StepContents& contents) override {
+    layer_->decode(contents, center_ == nullptr ? nullptr : center_->data());
+  }
+};
+
+// -------------------------------------------------------------------------------------- launches
+
+void StreamLayer::set_center(std::vector<float> center) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (center_ != nullptr)
+    refuse("This layer has its center, by which codes are stored; make a new layer for another.");
+  center_ = std::make_shared<const std::vector<float>>(std::move(center));
+}
+
+StreamLayer::Center StreamLayer::center() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return center_;
+}
+
+void StreamLayer::launch_stored(void* stream, std::shared_ptr<StreamStep> step) {
+  step->bind(*parts_.pages);
+  if (step->num_chunks() == 0) return;
+  parts_.callbacks->launch(stream, std::make_unique<Stored>(shared_from_this(), std::move(step)));
+}
+
+void StreamLayer::launch_decode(void* stream, std::shared_ptr<StreamStep> step) {
+  step->bind(*parts_.pages);
+  if (step->num_decodes() == 0) return;
+  if (step->num_decodes() > static_cast<size_t>(parts_.exchange.max_decodes))
+    refuse("The step has ", step->num_decodes(), " decodes, but the exchange holds ",
+           parts_.exchange.max_decodes, "; make it as large as the batches.");
+  parts_.callbacks->launch(stream, std::make_unique<Decode>(shared_from_this(), std::move(step)));
+}
+
+// ----------------------------------------------------------------------------------- in callbacks
+
+void StreamLayer::note_chunks(const StepContents& contents, bool with_codes) {
+  parts_.pages->note_writes(contents.chunk_slots.data(), contents.chunk_slots.size());
+  if (with_codes) ask_for_segments(contents.chunks());
+}
+
+void StreamLayer::decode(const StepContents& contents, const float* center) {
+  const Clock::time_point start = Clock::now();
+  store(contents, center != nullptr);
+  const Clock::time_point stored = Clock::now();
+
+  const Requests requests = contents.decodes();
+  const DecodeExchange& exchange = parts_.exchange;
+  const size_t num_heads =
+      static_cast<size_t>(requests.size) * static_cast<size_t>(exchange.num_q_heads);
+  DecodeInput input = {};
+  input.query = exchange.query;
+  input.num_q_heads = exchange.num_q_heads;
+  input.scale = parts_.scale;
+  input.exact_below = parts_.exact_below;
+  input.sampled = center != nullptr;
+  input.rule = rule();
+  input.table = parts_.table;
+  input.center = center;
+  std::vector<float> lse(num_heads);
+  std::vector<int32_t> rows(num_heads);
+  DecodeOutput output = {};
+  output.out = exchange.out;
+  output.lse = lse.data();
+  output.sampled_rows = rows.data();
+  decode_attention(*parts_.pages, requests, input, output, parts_.isa, *parts_.pool);
+  if (output.unsealed_stretches > 0)
+    ask_for_segments(requests);
+  else if (center != nullptr)
+    ask_for_segments({});  // what went stale is given back
+
+  StreamCounters times;
+  times.lookup_ns = output.lookup_ns;
+  times.attend_ns = output.attention_ns;
+  times.store_ns = nanoseconds(stored - start);
+  times.step_ns = nanoseconds(Clock::now() - start);
+  record(contents, rows, times);
+}
+
+/// The decodes' rows, and codes where there is a centre.
+void StreamLayer::store(const StepContents& contents, bool with_codes) {
+  const Pages& pages = *parts_.pages;
+  const DecodeExchange& exchange = parts_.exchange;
+  const int64_t* slots = contents.decode_slots.data();
+  const size_t num_decodes = contents.decode_slots.size();
+  if (with_codes) {
+    const size_t size =
+        static_cast<size_t>(exchange.num_q_heads) * static_cast<size_t>(pages.layout().num_tables);
+    for (size_t i = 0; i < num_decodes; ++i)
+      if (slots[i] >= 0)
+        check_query_codes(exchange.query_codes + i * size, size, parts_.index->num_bits());
+  }
+  const ptrdiff_t head = static_cast<ptrdiff_t>(pages.layout().row_bytes() / 2);
+  const ptrdiff_t token = head * pages.num_kv_heads();
+  parts_.pages->store_rows({exchange.key, token, head}, {exchange.value, token, head}, slots,
+                           num_decodes, *parts_.pool);
+  if (with_codes) parts_.pages->store_codes(exchange.key_codes, slots, num_decodes, *parts_.pool);
+}
+
+SampleRule StreamLayer::rule() const {
+  return {parts_.index, parts_.exchange.query_codes, parts_.min_matches, parts_.sink_tokens,
+          parts_.window_tokens};
+}
+
+/// Only requests that are long enough to be sampled are worth an index.
+void StreamLayer::ask_for_segments(const Requests& requests) {
+  if (parts_.builder == nullptr) return;
+  std::vector<int32_t> seq_lens(requests.seq_lens, requests.seq_lens + requests.size);
+  for (int32_t& seq_len : seq_lens)
+    if (middle_tokens(seq_len, rule()) < parts_.exact_below) seq_len = 0;
+  std::vector<LshIndex::Stretch> missing =
+      parts_.index->missing({requests.tables, requests.stride, seq_lens.data(), requests.size});
+  if (!missing.empty() || parts_.index->may_hold_stale())
+    parts_.builder->ask(*parts_.index, std::move(missing));
+}
+
+/// rows: [decodes][num_q_heads], -1 where exact. Dummies do not count, nor a step of nothing else.
+void StreamLayer::record(const StepContents& contents, const std::vector<int32_t>& rows,
+                         const StreamCounters& times) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  bool real = false;
+  for (size_t i = 0; i < contents.decode_slots.size(); ++i) {
+    if (contents.decode_slots[i] < 0) continue;
+    real = true;
+    const int middle = middle_tokens(contents.seq_lens[i], rule());
+    const size_t num_heads = static_cast<size_t>(parts_.exchange.num_q_heads);
+    for (size_t head = i * num_heads; head < (i + 1) * num_heads; ++head) {
+      if (rows[head] < 0) {
+        ++counters_.exact_heads;
+        continue;
+      }
+      const size_t position = counters_.sampled_heads++ % kRecentHeads;
+      if (position == recent_rows_.size()) recent_rows_.push_back(0);
+      recent_rows_[position] = rows[head];
+      counters_.sampled_rows += static_cast<uint64_t>(rows[head]);
+      counters_.middle_rows += static_cast<uint64_t>(middle);
+    }
+  }
+  if (!real) return;
+  ++counters_.decode_steps;
+  counters_.lookup_ns += times.lookup_ns;
+  counters_.attend_ns += times.attend_ns;
+  counters_.store_ns += times.store_ns;
+  counters_.step_ns += times.step_ns;
+}
+
+StreamCounters StreamLayer::counters() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return counters_;
+}
+
+std::vector<int32_t> StreamLayer::recent_rows() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return recent_rows_;
+}
+
+}  // namespace magicpig
