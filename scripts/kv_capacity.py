@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +32,7 @@ from vllm_magicpig import capacity
 from vllm_magicpig.capacity import GIB, Capacity
 from vllm_magicpig.config import MagicPigOptions
 from vllm_magicpig.cost_model import MODELS, ModelShape
+from vllm_magicpig.device_backend import DevicePageBackend
 from vllm_magicpig.lsh_index import SEGMENT_TOKENS
 
 DTYPE = torch.bfloat16
@@ -86,7 +87,7 @@ def layer_specs(
         head_size=model.head_size,
         dtype=DTYPE,
     )
-    sparse = replace(dense, num_head_slots=1, state_content_bytes=DTYPE.itemsize)
+    sparse = DevicePageBackend.customize_spec(dense)
     return {
         f"model.layers.{i}.self_attn.attn": dense
         if options is None or options.is_dense(i)

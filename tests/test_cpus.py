@@ -49,3 +49,40 @@ def test_more_threads_than_cores_share_them(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(cpus, "_siblings", str)
     assert cpus.kernel_cpus(5) == [6, 8, 6, 8, 6]
     assert cpus.kernel_cpus(1) == [6]
+
+
+@pytest.fixture
+def sixteen_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPUs 0-7 on node 0 and 8-15 on node 1, no hyperthreads."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.setattr(cpus, "_siblings", str)
+    monkeypatch.setattr(cpus, "_node_cpus", lambda node: list(range(8 * node, 8 * node + 8)))
+
+
+@pytest.mark.usefixtures("sixteen_cpus")
+def test_a_rank_takes_the_cores_of_its_devices_node_and_leaves_one_to_vllm() -> None:
+    assert cpus.rank_cpus(None, 0, 1, [1]) == list(range(9, 16))
+    assert cpus.rank_cpus(None, 0, 2, [0, 1]) == list(range(1, 8))
+    assert cpus.rank_cpus(None, 1, 2, [0, 1]) == list(range(9, 16))
+
+
+@pytest.mark.usefixtures("sixteen_cpus")
+def test_ranks_of_one_node_and_ranks_of_unknown_nodes_share_cores_without_overlap() -> None:
+    assert cpus.rank_cpus(None, 0, 2, [0, 0]) == [1, 2, 3]
+    assert cpus.rank_cpus(None, 1, 2, [0, 0]) == [5, 6, 7]
+    shares = [cpus.rank_cpus(None, rank, 4, None) for rank in range(4)]
+    assert shares == [[1, 2, 3], [5, 6, 7], [9, 10, 11], [13, 14, 15]]
+
+
+@pytest.mark.usefixtures("sixteen_cpus")
+def test_more_ranks_than_cores_share_them_and_threads_given_wrap_around() -> None:
+    assert cpus.rank_cpus(None, 19, 20, None) != []
+    assert cpus.rank_cpus(6, 1, 4, None) == [4, 5, 6, 7, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("0-3,8", [0, 1, 2, 3, 8]), ("5", [5]), ("", []), ("0,2-3", [0, 2, 3])],
+)
+def test_cpu_lists_as_linux_writes_them(text: str, expected: list[int]) -> None:
+    assert cpus.parse_cpu_list(text) == expected

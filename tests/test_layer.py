@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from vllm_magicpig import _C, reference
+from vllm_magicpig.capacity import content_bytes
 from vllm_magicpig.config import MagicPigOptions
 from vllm_magicpig.decode import DecodeKernel
-from vllm_magicpig.host_pages import HostPages, content_bytes
+from vllm_magicpig.host_pages import HostPages
 from vllm_magicpig.key_center import KeyCenter
 from vllm_magicpig.lsh_index import SEGMENT_TOKENS, LshIndex
 from vllm_magicpig.projection import Projection

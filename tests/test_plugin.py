@@ -130,7 +130,7 @@ def test_with_another_backend_an_installed_plugin_changes_nothing(tiny_model: st
 def test_choosing_it_changes_worker_and_backend(tiny_model: str) -> None:
     backend, configuration = configure(tiny_model, attention_backend="magicpig")
     assert backend == "MagicPigBackend"
-    assert configuration.startswith("vllm_magicpig.worker.MagicPigCPUWorker ")
+    assert configuration.startswith("vllm_magicpig.cpu_worker.MagicPigCPUWorker ")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from triton_helpers import run_cases
+
 from vllm_magicpig.triton_kernels.host_pages import (
     gather_pages,
     gather_pages_reference,

@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 from triton_helpers import run_cases
+
+from vllm_magicpig import reference
 from vllm_magicpig.triton_kernels.simhash import (
     pack_directions,
     sign_margin,
     simhash,
     simhash_reference,
 )
-
-from vllm_magicpig import reference
 
 
 def test_the_kernel_under_the_interpreter() -> None:

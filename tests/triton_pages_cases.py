@@ -10,10 +10,11 @@ import pytest
 import torch
 from native_helpers import pool, row_bits
 from triton_helpers import DEVICE, INTERPRETED, in_host_memory, synchronize
+
+from vllm_magicpig.capacity import content_bytes
+from vllm_magicpig.host_pages import HostPages
 from vllm_magicpig.triton_kernels import host_pages
 from vllm_magicpig.triton_kernels.launch import Launch
-
-from vllm_magicpig.host_pages import HostPages, content_bytes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NUM_BLOCKS, NUM_KV_HEADS = 9, 3

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 from triton_helpers import DEVICE, in_host_memory, synchronize
-from vllm_magicpig.triton_kernels.simhash import pack_directions, sign_margin, simhash
 
 from vllm_magicpig import reference
+from vllm_magicpig.triton_kernels.simhash import pack_directions, sign_margin, simhash
 
 
 def bits(codes: torch.Tensor, num_bits: int) -> torch.Tensor:

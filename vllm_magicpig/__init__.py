@@ -43,8 +43,12 @@ def register() -> Any:
 
 def platform_plugin() -> str | None:
     """Qualified name of our platform class, or None where another platform has to be used."""
+    from vllm.platforms import cuda_platform_plugin
+
     if _platform_obstacle() is not None:
         return None
+    if cuda_platform_plugin() is not None:
+        return "vllm_magicpig.cuda_platform.MagicPigCudaPlatform"
     return "vllm_magicpig.platform.MagicPigCpuPlatform"
 
 
@@ -67,11 +71,10 @@ def _platform_obstacle() -> str | None:
             f"the platform plugin {others[0]!r} is active and vLLM takes only one; uninstall it or "
             "name the ones to load in VLLM_PLUGINS."
         )
-    if cpu_platform_plugin() is None:
-        found = "a CUDA build" if cuda_platform_plugin() is not None else "another build"
+    if cpu_platform_plugin() is None and cuda_platform_plugin() is None:
         return (
-            f"this version of vllm-magicpig runs on vLLM's CPU platform only and this is {found}; "
-            "install the CPU build of vLLM."
+            "vllm-magicpig runs on vLLM's CUDA and CPU platforms and this is neither; install one of "
+            "those builds of vLLM, and see that its driver runs."
         )
     return None
 

@@ -6,12 +6,11 @@ model_executor/layers/attention/attention.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.models.utils import extract_layer_index
@@ -30,14 +29,12 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from vllm_magicpig import _C, BACKEND_NAME
+from vllm_magicpig import BACKEND_NAME
+from vllm_magicpig.capacity import content_bytes
 from vllm_magicpig.config import MagicPigOptions, parse_options
-from vllm_magicpig.decode import DecodeKernel
-from vllm_magicpig.host_pages import HostPages, content_bytes
+from vllm_magicpig.host_pages import HostPages
 from vllm_magicpig.key_center import KeyCenter
 from vllm_magicpig.lsh_index import LshIndex
-from vllm_magicpig.prefill import CONTEXT_PIECE_TOKENS, attend_chunk
-from vllm_magicpig.projection import Projection
 from vllm_magicpig.stats import LayerStats, PageUse
 from vllm_magicpig.step import Step, make_step
 from vllm_magicpig.support import BLOCK_SIZE_MULTIPLE, check_layer
@@ -127,20 +124,27 @@ class MagicPigMetadataBuilder(AttentionMetadataBuilder[Step]):
         return make_step(common_attn_metadata)
 
 
-@dataclass
-class _Bound:
-    """What exists once vLLM's KV tensor does."""
+class SampledLayer(Protocol):
+    """What a sampled layer does once its pages exist: host_layer.py or device_layer.py."""
 
     pages: HostPages
     index: LshIndex | None
-    kernel: DecodeKernel
-    page_bytes: int
-    filled: npt.NDArray[np.int64]  # tokens stored per block since its last reuse
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        step: Any,
+    ) -> None: ...
+
+    def stats(self) -> LayerStats: ...
 
 
-class MagicPigImpl(AttentionImpl[Step]):
+class MagicPigImpl(AttentionImpl[Any]):
     """Attention of one layer. `process_weights_after_loading` replaces it by the platform's own
-    impl in dense layers; `bind` gives the others their pages."""
+    impl in dense layers; the worker gives the others their pages through `bind`."""
 
     def __init__(
         self,
@@ -190,8 +194,8 @@ class MagicPigImpl(AttentionImpl[Step]):
         self.options: MagicPigOptions = parse_options(config.additional_config)
         self.layer_index = -1
         self.center: KeyCenter | None = None
-        self.stats = LayerStats()
-        self._bound: _Bound | None = None
+        self.sampled: SampledLayer | None = None
+        self._segments_reused = 0
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Finds this impl's layer and decides: dense (also every sliding window) or sampled.
@@ -208,24 +212,15 @@ class MagicPigImpl(AttentionImpl[Step]):
             _make_dense(layer, self._impl_args)
             layer.impl.process_weights_after_loading(act_dtype)
             return
-        layer.attn_backend = backend_with_tables(self.options.num_tables)
         if self.center is None and not self.options.is_exact:
             self.center = KeyCenter(
                 self.options.center, self.layer_index, self._first_kv_head, self.num_kv_heads
             )
             self.center.prepare(self.head_size)
 
-    def bind(self, kv_cache: torch.Tensor, isa: _C.Isa, pool: _C.ThreadPool) -> None:
-        """Takes the layer's KV tensor, once allocated, for its pages."""
-        pages = HostPages(kv_cache, self.head_size, self.options.num_tables)
-        index = None
-        if self.center is not None:
-            projection = Projection(self.options, self.layer_index, self.head_size, isa, pool)
-            index = LshIndex(self.options, pages, projection, self.center, pool)
-        kernel = DecodeKernel(self.options, pages, index, self.scale, isa, pool, self.stats)
-        filled = np.zeros(pages.num_blocks, dtype=np.int64)
-        self._bound = _Bound(pages, index, kernel, kv_cache.nbytes, filled)
-        self._pool = pool
+    def bind(self, sampled: SampledLayer) -> None:
+        """Takes what attends for this layer from now on; before that, and in dummy runs, it is zero."""
+        self.sampled = sampled
 
     def forward(
         self,
@@ -234,7 +229,7 @@ class MagicPigImpl(AttentionImpl[Step]):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: Step | None,
+        attn_metadata: Any,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
@@ -245,53 +240,41 @@ class MagicPigImpl(AttentionImpl[Step]):
             raise NotImplementedError(
                 "magicpig writes unquantised output; disable fused quantisation."
             )
-        step, bound = attn_metadata, self._bound
-        if step is None or bound is None or step.is_dummy:
+        if attn_metadata is None or self.sampled is None:
             return output.zero_()
-        key, value = key[: step.num_tokens], value[: step.num_tokens]
-        self._store(bound, key, value, step)
-
-        for chunk in step.chunks:
-            tokens = slice(chunk.start, chunk.stop)
-            context = bound.pages.pieces(
-                step.block_tables[chunk.request], chunk.context_len, CONTEXT_PIECE_TOKENS
-            )
-            output[tokens] = attend_chunk(
-                query[tokens], key[tokens], value[tokens], context, self.scale
-            )
-        if step.decode_rows.size:
-            decoding = torch.from_numpy(step.decode_tokens)
-            output[decoding] = bound.kernel.attend(query[decoding], step).to(output.dtype)
+        self.sampled.forward(query, key, value, output, attn_metadata)
         return output
 
-    def _store(self, bound: _Bound, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
-        bound.pages.store_rows(key, value, step.slots, self._pool)
-        if bound.index is not None:
-            bound.index.add(key, step)
-        stored = step.slots[step.slots >= 0]
-        # A block fills from its start and tokens come in order, so the last write of each counts.
-        bound.filled[stored // bound.pages.block_size] = stored % bound.pages.block_size + 1
+    def stats(self) -> LayerStats:
+        """Counters since the start; zeros before `bind`."""
+        if self.sampled is None:
+            return LayerStats()
+        stats = self.sampled.stats()
+        stats.segments_reused = self._segments_reused
+        return stats
 
     def page_use(self) -> PageUse:
         """What the layer holds; zeros before `bind`."""
-        if self._bound is None:
+        if self.sampled is None:
             return PageUse(0, 0, 0, 0, 0)
-        tokens = int(self._bound.filled.sum())
-        blocks = int((self._bound.filled > 0).sum())
-        page_bytes = self._bound.page_bytes // self._bound.pages.num_blocks * blocks
-        if self._bound.index is None:
+        pages = self.sampled.pages
+        tokens, page_bytes = (
+            pages.native.num_tokens,
+            pages.native.num_used_blocks * pages.block_bytes,
+        )
+        if self.sampled.index is None:
             return PageUse(tokens, page_bytes, 0, 0, 0)
-        native = self._bound.index.native
+        native = self.sampled.index.native
         return PageUse(
             tokens, page_bytes, native.num_bytes, native.num_segments, native.segments_built
         )
 
     def count_reuse(self, block_ids: list[int], num_cached_tokens: int) -> None:
         """Counts the segments that a new or resumed request finds for its cached prefix."""
-        if self._bound is not None and self._bound.index is not None:
+        if self.sampled is not None and self.sampled.index is not None:
             table = np.array(block_ids, dtype=np.int32)
-            native = self._bound.index.native
-            self.stats.segments_reused += native.count_sealed(table, num_cached_tokens)
+            native = self.sampled.index.native
+            self._segments_reused += native.count_sealed(table, num_cached_tokens)
 
 
 def _make_dense(layer: Any, impl_args: tuple[Any, ...]) -> None:

@@ -18,6 +18,50 @@ def kernel_cpus(threads: int | None) -> list[int]:
     return [cpus[i % len(cpus)] for i in range(threads)]
 
 
+def rank_cpus(
+    threads: int | None, local_rank: int, local_ranks: int, numa_nodes: list[int] | None
+) -> list[int]:
+    """CPU ids for one of several ranks on this machine, one per physical core.
+
+    numa_nodes: NUMA node of each rank's device, None where unknown. Ranks on one node share its
+    cores; without nodes all ranks share all cores. A rank with four cores or more leaves one to
+    vLLM's own thread.
+    """
+    allowed = sorted(os.sched_getaffinity(0))
+    peers = list(range(local_ranks))
+    if numa_nodes is not None and len(numa_nodes) >= local_ranks:
+        node = numa_nodes[local_rank]
+        here = sorted(set(allowed) & set(_node_cpus(node)))
+        if here:
+            allowed = here
+            peers = [rank for rank in peers if numa_nodes[rank] == node]
+    cores = one_per_core(allowed)
+    place, count = peers.index(local_rank), len(peers)
+    share = cores[len(cores) * place // count : len(cores) * (place + 1) // count]
+    share = share or [cores[place % len(cores)]]
+    if threads is not None:
+        return [share[i % len(share)] for i in range(threads)]
+    return share[1:] if len(share) >= 4 else share
+
+
+def _node_cpus(node: int) -> list[int]:
+    """CPU ids of a NUMA node, none where the system does not say."""
+    try:
+        text = Path(f"/sys/devices/system/node/node{node}/cpulist").read_text().strip()
+    except OSError:
+        return []
+    return parse_cpu_list(text)
+
+
+def parse_cpu_list(text: str) -> list[int]:
+    """ "0-3,8" as Linux writes it -> [0, 1, 2, 3, 8]."""
+    cpus: list[int] = []
+    for part in filter(None, text.split(",")):
+        low, _, high = part.partition("-")
+        cpus += range(int(low), int(high or low) + 1)
+    return cpus
+
+
 def one_per_core(cpus: list[int]) -> list[int]:
     """The first of each set of hyperthreads that share a core, in order."""
     seen: set[str] = set()

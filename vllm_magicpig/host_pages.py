@@ -1,4 +1,4 @@
-"""Host pages as torch sees them: their size, and rows copied out for dense prefill."""
+"""Host pages as torch sees them, and rows copied out for dense prefill."""
 
 from __future__ import annotations
 
@@ -11,17 +11,10 @@ import torch
 from vllm_magicpig import _C
 
 ROW_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_CODE_BYTES = 2  # uint16
-
-
-def content_bytes(head_size: int, itemsize: int, num_tables: int) -> int:
-    """Bytes of one token and kv head in a page: K, V and codes, padded to whole elements."""
-    codes = -(-num_tables * _CODE_BYTES // itemsize) * itemsize
-    return 2 * head_size * itemsize + codes
 
 
 class HostPages:
-    """The pages of one layer over vLLM's KV tensor of the CPU platform.
+    """The pages of one layer: vLLM's KV tensor of the CPU platform, or a part of the host pool.
 
     kv_cache: row dtype [num_blocks, num_kv_heads, block_size, content_bytes / itemsize], contiguous;
     each (block, kv head) holds block_size rows of K | V, then the codes (cpu_kernels/magicpig.h).
@@ -35,8 +28,10 @@ class HostPages:
         self._rows = chunks[:, :, :row_elements].view(
             num_blocks, num_kv_heads, self.block_size, 2 * head_size
         )
-        self._head_size = head_size
+        self.head_size = head_size
         self.num_blocks, self.num_kv_heads = num_blocks, num_kv_heads
+        self.block_bytes = kv_cache.nbytes // max(num_blocks, 1)
+        self.chunks = chunks  # what Triton kernels take
         self.native = _C.Pages(
             chunks.view(torch.uint8).numpy(),
             ROW_DTYPES[kv_cache.dtype],
@@ -53,7 +48,7 @@ class HostPages:
         pool: _C.ThreadPool,
     ) -> None:
         """key, value: [num_tokens, num_kv_heads, head_size]; slots: int64 [num_tokens], -1 skips."""
-        self.native.store_rows(_row_bits(key), _row_bits(value), slots, pool)
+        self.native.store_rows(row_bits(key), row_bits(value), slots, pool)
 
     def gather(
         self, block_table: npt.NDArray[np.int32], start: int, stop: int
@@ -63,7 +58,7 @@ class HostPages:
         blocks = torch.from_numpy(block_table[first : -(-stop // self.block_size)]).long()
         rows = self._rows.transpose(0, 1).index_select(1, blocks).flatten(1, 2)
         rows = rows[:, start - first * self.block_size : stop - first * self.block_size]
-        return rows[..., : self._head_size], rows[..., self._head_size :]
+        return rows[..., : self.head_size], rows[..., self.head_size :]
 
     def pieces(
         self, block_table: npt.NDArray[np.int32], num_tokens: int, piece_tokens: int
@@ -76,11 +71,11 @@ class HostPages:
         """Copies the keys in these slots: [num_slots, num_kv_heads, head_size]."""
         index = torch.from_numpy(slots)
         blocks = torch.div(index, self.block_size, rounding_mode="floor")
-        keys: torch.Tensor = self._rows[blocks, :, index % self.block_size, : self._head_size]
+        keys: torch.Tensor = self._rows[blocks, :, index % self.block_size, : self.head_size]
         return keys
 
 
-def _row_bits(rows: torch.Tensor) -> npt.NDArray[np.generic]:
+def row_bits(rows: torch.Tensor) -> npt.NDArray[np.generic]:
     """A NumPy view of rows, 16-bit ones as uint16: NumPy has no bfloat16."""
     if rows.stride(-1) != 1:
         rows = rows.contiguous()

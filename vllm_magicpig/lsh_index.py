@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from vllm_magicpig import _C
@@ -19,6 +22,11 @@ and a tail of up to this length is compared by code."""
 _SLOTS_PER_BACKFILL = 4096
 
 
+def segment_tokens(block_size: int) -> int:
+    """Tokens of a segment: whole blocks."""
+    return -(-SEGMENT_TOKENS // block_size) * block_size
+
+
 class LshIndex:
     """Codes and segments over `pages`; the centre outlives it, since pages may be bound anew."""
 
@@ -32,14 +40,8 @@ class LshIndex:
     ) -> None:
         self._options, self._pages, self._pool = options, pages, pool
         self.projection, self.center = projection, center
-        block_size = pages.block_size
-        segment_tokens = -(-SEGMENT_TOKENS // block_size) * block_size
-        self.native = _C.LshIndex(pages.native, options.K, segment_tokens)
+        self.native = _C.LshIndex(pages.native, options.K, segment_tokens(pages.block_size))
         self.table = _C.InclusionTable(options.K, options.L, options.min_matches)
-        # Slots whose rows were stored before the centre was frozen and which still lack codes.
-        self._uncoded = (
-            np.zeros(pages.num_blocks * block_size, dtype=bool) if center.value is None else None
-        )
 
     def add(self, key: torch.Tensor, step: Step) -> None:
         """Codes for keys whose rows were just stored, then segments for what they completed.
@@ -47,9 +49,7 @@ class LshIndex:
         key: [num_tokens, num_kv_heads, head_size].
         """
         if self.center.value is None:
-            assert self._uncoded is not None
-            self._uncoded[step.slots[step.slots >= 0]] = True
-            self._freeze_center(step)
+            self.freeze(step.seq_lens, step.block_tables, _stored_rows(step))
         else:
             codes = self.projection.hash_keys(key, self.center.value)
             self.pages.store_codes(codes, step.slots, self._pool)
@@ -60,27 +60,35 @@ class LshIndex:
     def pages(self) -> _C.Pages:
         return self._pages.native
 
-    def _freeze_center(self, step: Step) -> None:
-        """Takes the first request of this step that holds enough keys, and codes what was stored."""
-        long_enough = np.flatnonzero(step.seq_lens >= MIN_KEYS)
-        for row in long_enough.tolist():
-            start, stop = _tokens_of(step, row)
-            if stop == start or not bool((step.slots[start:stop] >= 0).all()):
-                continue  # a padded or dummy row: its length and blocks mean nothing
-            keys, _ = self._pages.gather(step.block_tables[row], 0, int(step.seq_lens[row]))
-            self.center.freeze(keys)
-            self._backfill()
-            return
+    def freeze(
+        self,
+        seq_lens: npt.NDArray[np.int32],
+        block_tables: npt.NDArray[np.int32],
+        stored_rows: Iterable[int],
+    ) -> None:
+        """Takes the centre from the first of these requests that holds enough keys, if one does, and
+        gives codes to all that the pages hold.
+
+        stored_rows: rows of requests whose tokens, seq_lens of them, are all in the pages; padded and
+        dummy rows are not among them, since their lengths and blocks mean nothing.
+        """
+        for row in stored_rows:
+            if seq_lens[row] >= MIN_KEYS:
+                keys, _ = self._pages.gather(block_tables[row], 0, int(seq_lens[row]))
+                self.center.freeze(keys)
+                self._backfill()
+                return
 
     def _backfill(self) -> None:
-        assert self._uncoded is not None
+        """Codes for whole blocks: slots that are still empty get theirs when they are written."""
         assert self.center.value is not None
-        slots = np.flatnonzero(self._uncoded)
+        block_size = self._pages.block_size
+        blocks = self.pages.written_blocks().astype(np.int64)
+        slots = (blocks[:, None] * block_size + np.arange(block_size)).ravel()
         for start in range(0, len(slots), _SLOTS_PER_BACKFILL):
             some = slots[start : start + _SLOTS_PER_BACKFILL]
             codes = self.projection.hash_keys(self._pages.keys_at(some), self.center.value)
             self.pages.store_codes(codes, some, self._pool)
-        self._uncoded = None
 
     def _seal(self, step: Step) -> None:
         """Only requests that are long enough to be sampled are worth an index."""
@@ -95,13 +103,26 @@ class LshIndex:
             )
 
 
-def _tokens_of(step: Step, row: int) -> tuple[int, int]:
-    """Flat positions [start, stop) of a request's tokens of this step."""
-    for chunk in step.chunks:
-        if chunk.request == row:
-            return chunk.start, chunk.stop
-    decoding = np.flatnonzero(step.decode_rows == row)
-    if decoding.size == 0:
-        return 0, 0
-    token = int(step.decode_tokens[decoding[0]])
-    return token, token + 1
+def _stored_rows(step: Step) -> Iterator[int]:
+    """Rows of requests that stored all of their tokens of this step."""
+    spans = [(chunk.request, chunk.start, chunk.stop) for chunk in step.chunks]
+    decodes = zip(step.decode_rows.tolist(), step.decode_tokens.tolist(), strict=True)
+    spans += [(row, token, token + 1) for row, token in decodes]
+    for row, start, stop in sorted(spans):
+        if bool((step.slots[start:stop] >= 0).all()):
+            yield row
+
+
+def make_index(
+    options: MagicPigOptions,
+    pages: HostPages,
+    layer_index: int,
+    center: KeyCenter | None,
+    isa: _C.Isa,
+    pool: _C.ThreadPool,
+) -> LshIndex | None:
+    """The index of a layer, or None in exact mode, where there is no centre."""
+    if center is None:
+        return None
+    projection = Projection(options, layer_index, pages.head_size, isa, pool)
+    return LshIndex(options, pages, projection, center, pool)

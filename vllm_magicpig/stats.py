@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vllm_magicpig import _C
+
 _HISTORY = 16_384
 """Query heads whose sample sizes a layer remembers for its percentiles: the last 512 steps of 32."""
 
@@ -31,6 +33,24 @@ class LayerStats:
     _rows: npt.NDArray[np.int32] = field(
         default_factory=lambda: np.zeros(_HISTORY, dtype=np.int32), repr=False
     )
+
+    @classmethod
+    def from_counters(
+        cls, counters: _C.StreamCounters, recent_rows: npt.NDArray[np.int32]
+    ) -> LayerStats:
+        """What the host callbacks of a device layer counted; the device's hashing is not in it."""
+        stats = cls(
+            decode_steps=counters.decode_steps,
+            sampled_heads=counters.sampled_heads,
+            sampled_rows=counters.sampled_rows,
+            middle_rows=counters.middle_rows,
+            exact_heads=counters.exact_heads,
+            lookup_ns=counters.lookup_ns,
+            attend_ns=counters.attend_ns,
+            decode_ns=counters.step_ns,
+        )
+        stats._rows[: recent_rows.size] = recent_rows
+        return stats
 
     def record(self, rows: npt.NDArray[np.int32], middles: npt.NDArray[np.int64]) -> None:
         """rows: int32 [num_reqs, num_q_heads], -1 where exact; middles: int64 [num_reqs], tokens."""

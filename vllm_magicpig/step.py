@@ -1,4 +1,8 @@
-"""What one engine step asks of the attention layers, as host arrays made once for all of them."""
+"""What one engine step asks of the attention layers, made once for all of them.
+
+`split_requests` reads what vLLM knows on the host on every platform; `make_step` adds the rest where
+all of vLLM's metadata is in host memory (stream_step.py does so where it is on a device).
+"""
 
 from __future__ import annotations
 
@@ -21,19 +25,24 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Step(AttentionMetadata):
-    """slots: int64 [num_tokens], -1 = not stored; block_tables: int32 [num_reqs, max_blocks];
-    seq_lens: int32 [num_reqs], this step's tokens included; decode_rows: int64 [num_decodes], rows
+class Requests:
+    """seq_lens: int32 [num_reqs], this step's tokens included; decode_rows: int64 [num_decodes], rows
     of requests that decode one token; decode_tokens: int64 [num_decodes], their flat positions.
     """
 
     num_tokens: int
-    slots: npt.NDArray[np.int64]
-    block_tables: npt.NDArray[np.int32]
     seq_lens: npt.NDArray[np.int32]
     chunks: tuple[Chunk, ...]
     decode_rows: npt.NDArray[np.int64]
     decode_tokens: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Step(AttentionMetadata, Requests):
+    """slots: int64 [num_tokens], -1 = not stored; block_tables: int32 [num_reqs, max_blocks]."""
+
+    slots: npt.NDArray[np.int64]
+    block_tables: npt.NDArray[np.int32]
 
     @property
     def is_dummy(self) -> bool:
@@ -41,13 +50,16 @@ class Step(AttentionMetadata):
         return not bool((self.slots >= 0).any())
 
 
-def make_step(metadata: CommonAttentionMetadata) -> Step:
-    """Reads vLLM's metadata; on the CPU platform all of its tensors are in host memory."""
+def split_requests(metadata: CommonAttentionMetadata, seq_lens: torch.Tensor) -> Requests:
+    """Which requests decode one token and which are chunks of a prompt.
+
+    seq_lens: [at least num_reqs], in host memory.
+    """
     starts = metadata.query_start_loc_cpu.numpy()
     num_reqs = min(metadata.num_reqs, len(starts) - 1)
     # num_actual_tokens may be padded; the last start is what the requests really have.
     num_tokens = min(metadata.num_actual_tokens, int(starts[num_reqs]))
-    seq_lens = _int32(metadata.seq_lens[:num_reqs])
+    lengths = _int32(seq_lens[:num_reqs])
     query_lens = np.diff(starts[: num_reqs + 1])
     prefilling = np.zeros(num_reqs, dtype=bool)
     if metadata.is_prefilling is not None:
@@ -58,19 +70,27 @@ def make_step(metadata: CommonAttentionMetadata) -> Step:
             request=row,
             start=int(starts[row]),
             stop=int(starts[row + 1]),
-            context_len=int(seq_lens[row] - query_lens[row]),
+            context_len=int(lengths[row] - query_lens[row]),
         )
         for row in np.flatnonzero((query_lens > 0) & ~decodes).tolist()
     )
     decode_rows = np.flatnonzero(decodes)
-    return Step(
+    return Requests(
         num_tokens=num_tokens,
-        slots=metadata.slot_mapping[:num_tokens].to(torch.int64).numpy(),
-        block_tables=_int32(metadata.block_table_tensor[:num_reqs]),
-        seq_lens=seq_lens,
+        seq_lens=lengths,
         chunks=chunks,
         decode_rows=decode_rows,
         decode_tokens=starts[decode_rows].astype(np.int64),
+    )
+
+
+def make_step(metadata: CommonAttentionMetadata) -> Step:
+    """The step where vLLM's block tables, lengths and slots are in host memory (CPU platform)."""
+    requests = split_requests(metadata, metadata.seq_lens)
+    return Step(
+        **vars(requests),
+        slots=metadata.slot_mapping[: requests.num_tokens].to(torch.int64).numpy(),
+        block_tables=_int32(metadata.block_table_tensor[: len(requests.seq_lens)]),
     )
 
 

@@ -60,6 +60,18 @@ def check_config(vllm_config: Any) -> None:
         raise _refusal("an encoder-decoder model", "decoder-only models", _ALTERNATIVE)
 
 
+def check_device_config(vllm_config: Any) -> None:
+    """Raises ValueError for what cannot go together with pages in a pinned host pool."""
+    if vllm_config.model_config is not None and vllm_config.model_config.enable_sleep_mode:
+        raise _refusal(
+            "sleep mode", "an engine that keeps its host pool", "drop --enable-sleep-mode"
+        )
+    if vllm_config.parallel_config.use_ubatching:
+        raise _refusal(
+            "dual batch overlap", "one batch per step", "drop --enable-dbo and --ubatch-size"
+        )
+
+
 def check_layer(
     *,
     num_heads: int,

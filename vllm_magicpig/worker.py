@@ -1,4 +1,4 @@
-"""The worker: gives the layers their pages and threads, answers for statistics and centres."""
+"""What magicpig's workers share on every platform: their layers, statistics and key centres."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import time
 from typing import Any
 
 from vllm.logger import init_logger
-from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_magicpig import _C
 from vllm_magicpig.backend import MagicPigImpl
 from vllm_magicpig.config import MagicPigOptions, parse_options
-from vllm_magicpig.cpus import kernel_cpus
 from vllm_magicpig.key_center import save_centers
 from vllm_magicpig.stats import MagicPigStats, summarise
 
@@ -21,13 +19,24 @@ logger = init_logger("vllm.magicpig.worker")
 LOG_INTERVAL_S = 10.0
 
 
-class MagicPigCPUWorker(CPUWorker):
+class MagicPigWorker:
+    """Mixed into a worker class of vLLM, before it."""
+
+    vllm_config: Any
+    parallel_config: Any
+    _pool: _C.ThreadPool
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        # vLLM has asked no layer for its KV cache spec yet.
+        for layer, _ in self._sampled_layers():
+            layer.attn_backend = self._sampled_backend()
+
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        super().initialize_from_config(kv_cache_config)
+        super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
         self._isa = _C.resolve_isa(self._options.isa)
-        self._pool = _C.ThreadPool(kernel_cpus(self._options.threads))
-        for layer, impl in self._sampled_layers():
-            impl.bind(layer.kv_cache, self._isa, self._pool)
+        self._pool = _C.ThreadPool(self._kernel_cpus())
+        self._bind_layers(kv_cache_config)
         self._logged_at, self._logged_steps = time.monotonic(), 0
         logger.info(
             "magicpig: %d layers %s, %d dense; kernels for %s on %d threads; %s",
@@ -41,7 +50,7 @@ class MagicPigCPUWorker(CPUWorker):
 
     def execute_model(self, scheduler_output: Any) -> Any:
         self._count_reuse(scheduler_output)
-        result = super().execute_model(scheduler_output)
+        result = super().execute_model(scheduler_output)  # type: ignore[misc]
         now = time.monotonic()
         if now - self._logged_at >= LOG_INTERVAL_S:
             self._logged_at = now
@@ -76,6 +85,17 @@ class MagicPigCPUWorker(CPUWorker):
             )
         save_centers(path, centers)
         return len(centers)
+
+    def _sampled_backend(self) -> type[Any]:
+        """The backend class that shapes the sampled layers' KV cache spec."""
+        raise NotImplementedError
+
+    def _kernel_cpus(self) -> list[int]:
+        raise NotImplementedError
+
+    def _bind_layers(self, kv_cache_config: Any) -> None:
+        """Gives every sampled layer its pages."""
+        raise NotImplementedError
 
     @property
     def _options(self) -> MagicPigOptions:
@@ -117,7 +137,7 @@ class MagicPigCPUWorker(CPUWorker):
     def _stats(self) -> MagicPigStats:
         impls = [impl for _, impl in self._sampled_layers()]
         return summarise(
-            [impl.stats for impl in impls],
+            [impl.stats() for impl in impls],
             [impl.page_use() for impl in impls],
             dense_layers=self._num_dense_layers(),
             centers_frozen=sum(

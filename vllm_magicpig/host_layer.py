@@ -1,0 +1,66 @@
+"""A sampled layer on vLLM's CPU platform: its pages are vLLM's own KV tensor, its steps synchronous."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_magicpig import _C
+from vllm_magicpig.config import MagicPigOptions
+from vllm_magicpig.decode import DecodeKernel
+from vllm_magicpig.host_pages import HostPages
+from vllm_magicpig.key_center import KeyCenter
+from vllm_magicpig.lsh_index import make_index
+from vllm_magicpig.prefill import CONTEXT_PIECE_TOKENS, attend_chunk
+from vllm_magicpig.stats import LayerStats
+from vllm_magicpig.step import Step
+
+
+class HostLayer:
+    def __init__(
+        self,
+        options: MagicPigOptions,
+        layer_index: int,
+        kv_cache: torch.Tensor,
+        head_size: int,
+        scale: float,
+        center: KeyCenter | None,
+        isa: _C.Isa,
+        pool: _C.ThreadPool,
+    ) -> None:
+        """kv_cache: as for HostPages; center: None in exact mode."""
+        self.pages = HostPages(kv_cache, head_size, options.num_tables)
+        self.index = make_index(options, self.pages, layer_index, center, isa, pool)
+        self._stats = LayerStats()
+        self._kernel = DecodeKernel(options, self.pages, self.index, scale, isa, pool, self._stats)
+        self._scale, self._pool = scale, pool
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        step: Step,
+    ) -> None:
+        """Stores the step's tokens, then writes their attention to `output`; shapes as for the impl."""
+        if step.is_dummy:
+            output.zero_()
+            return
+        key, value = key[: step.num_tokens], value[: step.num_tokens]
+        self.pages.store_rows(key, value, step.slots, self._pool)
+        if self.index is not None:
+            self.index.add(key, step)
+        for chunk in step.chunks:
+            tokens = slice(chunk.start, chunk.stop)
+            context = self.pages.pieces(
+                step.block_tables[chunk.request], chunk.context_len, CONTEXT_PIECE_TOKENS
+            )
+            output[tokens] = attend_chunk(
+                query[tokens], key[tokens], value[tokens], context, self._scale
+            )
+        if step.decode_rows.size:
+            decoding = torch.from_numpy(step.decode_tokens)
+            output[decoding] = self._kernel.attend(query[decoding], step).to(output.dtype)
+
+    def stats(self) -> LayerStats:
+        return self._stats

@@ -1,0 +1,65 @@
+"""What magicpig adds to a platform class of vLLM; with another backend chosen it changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from vllm_magicpig import BACKEND_NAME
+from vllm_magicpig.config import MagicPigOptions, parse_options
+from vllm_magicpig.support import check_config
+
+
+def is_magicpig(backend: Any) -> bool:
+    return backend is not None and backend.name == BACKEND_NAME
+
+
+class MagicPigHooks:
+    """Mixed into a platform class, before it."""
+
+    platform_worker: ClassVar[str]  # what the platform itself would take
+    magicpig_worker: ClassVar[str]
+
+    @classmethod
+    def get_attn_backend_cls(
+        cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        if not is_magicpig(selected_backend):
+            path: str = super().get_attn_backend_cls(  # type: ignore[misc]
+                selected_backend, attn_selector_config, num_heads
+            )
+            return path
+        backend = selected_backend.get_class()
+        reasons = backend.validate_configuration(
+            device_capability=cls.get_device_capability(),  # type: ignore[attr-defined]
+            **attn_selector_config._asdict(),
+        )
+        if reasons:
+            raise ValueError(
+                f"magicpig cannot run this model ({'; '.join(reasons)}), it runs dense decoder "
+                "attention; choose another --attention-backend."
+            )
+        qualified_name: str = selected_backend.get_path()
+        return qualified_name
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: Any) -> None:
+        super().check_and_update_config(vllm_config)  # type: ignore[misc]
+        if not is_magicpig(vllm_config.attention_config.backend):
+            return
+        options = parse_options(vllm_config.additional_config)
+        cls.set_block_size(vllm_config.cache_config)
+        check_config(vllm_config)
+        cls.check_options(vllm_config, options)
+        # One block table serves sampled, dense and sliding-window layers, whose pages differ in size.
+        if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager is None:
+            vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
+        if vllm_config.parallel_config.worker_cls == cls.platform_worker:
+            vllm_config.parallel_config.worker_cls = cls.magicpig_worker
+
+    @classmethod
+    def set_block_size(cls, cache_config: Any) -> None:
+        """Replaces vLLM's default block size where the platform has not done so."""
+
+    @classmethod
+    def check_options(cls, vllm_config: Any, options: MagicPigOptions) -> None:
+        """Raises ValueError for what this platform cannot do."""
