@@ -22,7 +22,7 @@ setup(
                 "-fno-math-errno",
                 "-pthread",
             ],
-            extra_link_args=["-pthread"],
+            extra_link_args=["-pthread", "-ldl"],
         )
     ]
 )

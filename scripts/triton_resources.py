@@ -21,10 +21,10 @@ from dataclasses import asdict, dataclass
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from vllm_magicpig.triton_kernels import host_pages, simhash
-from vllm_magicpig.triton_kernels.launch import Launch
 
 from vllm_magicpig import reference
+from vllm_magicpig.triton_kernels import host_pages, simhash
+from vllm_magicpig.triton_kernels.launch import Launch
 
 # Per program, CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 # sm_86, sm_89 and sm_120 have 99 KB and run the sm_80 kernels, so sm_80 is held to that.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from vllm_magicpig.triton_kernels.launch import Launch, require, require_rows
 
 DEFAULT_PROGRAMS = 32

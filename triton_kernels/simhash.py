@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+
 from vllm_magicpig.triton_kernels.launch import Launch, require, require_rows
 
 _TABLES_PER_TILE = 32
