@@ -143,7 +143,7 @@ class VllmServer:
             if self._process.poll() is not None:
                 raise RuntimeError(
                     f"vllm serve with {self._name} ended with exit code {self._process.returncode}: "
-                    f"{_first_error(self._log_path)}; all of it is in {self._log_path}"
+                    f"{first_error(self._log_path)}; all of it is in {self._log_path}"
                 )
             if waited > START_TIMEOUT_S:
                 raise RuntimeError(
@@ -179,7 +179,7 @@ def _progress(message: str, last: bool = False) -> None:
         print(message, flush=True)
 
 
-def _first_error(log: Path) -> str:
+def first_error(log: Path) -> str:
     """The message of the first exception, which is the cause of those that follow."""
     text = log.read_text(errors="replace")
     # Pydantic puts the sentence below a count: "... for VllmConfig", "  Value error, <sentence>".
