@@ -5,13 +5,14 @@ VENV := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help setup demo test test-fast lint format clean
+.PHONY: help setup demo test test-fast gpu-check lint format clean
 
 help:
 	@echo "make demo        set up, build the built-in model, serve it with magicpig, ask it questions"
 	@echo "make demo MODEL=name-or-path   the same with any Hugging Face model"
 	@echo "make test        set up, run every test (about 12 minutes on two cores)"
 	@echo "make test-fast   without the tests that start a vLLM engine"
+	@echo "make gpu-check   with an NVIDIA GPU: correctness, bandwidths and speed in 8 minutes, and a report"
 	@echo "make lint        ruff, mypy and clang-format"
 	@echo "make setup       .venv with vLLM, this package and its tools"
 
@@ -29,6 +30,9 @@ test: setup
 
 test-fast: setup
 	$(VENV)/pytest -q -m "not e2e" $(PYTEST_ARGS)
+
+gpu-check: setup
+	$(VENV)/python scripts/gpu_check.py $(GPU_CHECK_ARGS)
 
 lint: setup
 	$(VENV)/ruff check .

@@ -1,12 +1,12 @@
-"""`make demo`: serves a model with magicpig and with CPU_ATTN, and asks both the same questions.
+"""`make demo`: serves a model with magicpig and with dense attention, and asks both the same questions.
 
     python examples/demo.py                  the built-in recall model, made on the spot
     python examples/demo.py --model NAME     any Hugging Face model or local checkpoint
 
 Built-in model: a six-word chain to recite at 2K, 8K and 16K tokens and the most frequent word of a
 text. The first generated word comes from the dense prefill, so right or wrong is judged on the
-words after it. Exit code 1 when magicpig answers wrongly; with --model, when it does where CPU_ATTN
-answers rightly.
+words after it. Exit code 1 when magicpig answers wrongly; with --model, when it does where dense
+attention (FLASH_ATTN on a GPU, else CPU_ATTN) answers rightly.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import recall_model
+import torch
 from passage import passage_questions
 from serving import Completion, VllmServer
 
@@ -82,17 +83,18 @@ def main() -> int:
         str(KV_CACHE_BYTES if arguments.model else KV_CACHE_BYTES // 8),
     )
     answers: dict[str, list[Answer]] = {}
-    for backend in ("magicpig", "CPU_ATTN"):
+    dense_backend = "FLASH_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
+    for backend in ("magicpig", dense_backend):
         log = arguments.logs / f"demo-{backend.lower()}.log"
         with VllmServer(model, backend, *serve, log_path=log) as server:
             answers[backend] = ask(server, questions, samples=backend == "magicpig")
 
     print()
-    print(table(questions, answers["magicpig"], answers["CPU_ATTN"]))
+    print(table(questions, answers["magicpig"], answers[dense_backend], dense_backend))
     wrong = [
         question.name
         for question, ours, dense in zip(
-            questions, answers["magicpig"], answers["CPU_ATTN"], strict=True
+            questions, answers["magicpig"], answers[dense_backend], strict=True
         )
         if not ours.right and (dense.right or not arguments.model)
     ]
@@ -171,17 +173,22 @@ def ask(server: VllmServer, questions: Sequence[Question], samples: bool) -> lis
     return answers
 
 
-def table(questions: Sequence[Question], ours: Sequence[Answer], dense: Sequence[Answer]) -> str:
+def table(
+    questions: Sequence[Question],
+    ours: Sequence[Answer],
+    dense: Sequence[Answer],
+    dense_backend: str,
+) -> str:
     header = (
-        f"{'question':<28}{'magicpig':>10}{'CPU_ATTN':>10}{'rows read':>11}"
-        f"{'ms/token':>10}{'CPU_ATTN':>10}"
+        f"{'question':<28}{'magicpig':>10}{dense_backend:>12}{'rows read':>11}"
+        f"{'ms/token':>10}{dense_backend:>12}"
     )
     lines = [header, "-" * len(header)]
     for question, a, b in zip(questions, ours, dense, strict=True):
         fraction = "all" if a.sampled_fraction is None else f"{100 * a.sampled_fraction:.2f} %"
         lines.append(
-            f"{question.name:<28}{_verdict(a):>10}{_verdict(b):>10}{fraction:>11}"
-            f"{1e3 * a.completion.tpot_s:>10.1f}{1e3 * b.completion.tpot_s:>10.1f}"
+            f"{question.name:<28}{_verdict(a):>10}{_verdict(b):>12}{fraction:>11}"
+            f"{1e3 * a.completion.tpot_s:>10.1f}{1e3 * b.completion.tpot_s:>12.1f}"
         )
     return "\n".join(lines)
 

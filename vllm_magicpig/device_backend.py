@@ -49,6 +49,13 @@ class DeviceMetadataBuilder(AttentionMetadataBuilder[DeviceStep]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        block_size = vllm_config.cache_config.block_size
+        if kv_cache_spec.block_size != block_size:
+            raise ValueError(
+                f"block size {block_size} is split into blocks of {kv_cache_spec.block_size} for the "
+                "dense layers' backend, but a host page is a whole block; pass --block-size "
+                f"{kv_cache_spec.block_size}."
+            )
         context = vllm_config.compilation_config.static_forward_context
         self._impl = context[layer_names[0]].impl
 
