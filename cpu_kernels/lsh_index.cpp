@@ -14,14 +14,12 @@ namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 
-/// Codes of a tile, at most no_bucket; table l goes to out + l * stride. A new owner may be writing
-/// the tile, in which case LshIndex::build discards what it makes of them: a race by design.
+/// Copies the codes of a tile; table l goes to out + l * stride. A new owner may be writing the
+/// tile meanwhile: a race by design, as LshIndex::build discards what it makes of such codes.
 __attribute__((no_sanitize("thread"))) void copy_codes(const uint16_t* tile, int num_tables,
-                                                       uint16_t no_bucket, uint16_t* out,
-                                                       size_t stride) {
+                                                       uint16_t* out, size_t stride) {
   for (int l = 0; l < num_tables; ++l)
-    for (int i = 0; i < kTileTokens; ++i)
-      out[l * stride + i] = std::min(tile[l * kTileTokens + i], no_bucket);
+    for (int i = 0; i < kTileTokens; ++i) out[l * stride + i] = tile[l * kTileTokens + i];
 }
 
 }  // namespace
@@ -180,7 +178,11 @@ void LshIndex::sort_codes(Segment& segment, int kv_head) const {
     for (const Segment::Source& source : segment.sources)
       for (int offset = 0; offset < block_size; offset += kTileTokens, token += kTileTokens)
         copy_codes(pages_.tile(source.block, kv_head, offset) + first * kTileTokens, tables,
-                   no_bucket, codes.data() + token, tokens);
+                   codes.data() + token, tokens);
+    // From here on the copy is what counts, not a second look at the page: a code beyond the
+    // buckets would be written out of bounds.
+    std::atomic_signal_fence(std::memory_order_seq_cst);
+    for (uint16_t& code : codes) code = std::min(code, no_bucket);
     for (int l = 0; l < tables; ++l) {
       const uint16_t* code = codes.data() + l * tokens;
       std::fill(next.begin(), next.end(), 0);

@@ -206,6 +206,37 @@ def test_a_replaced_entry_heals(driver: FakeDriver) -> None:
     world.check()
 
 
+def test_asking_for_nothing_replaces_nothing(driver: FakeDriver) -> None:
+    """A decode that lacks no segment has only stale ones to be freed."""
+    builder = _C.SegmentBuilder(CPUS[:1])
+    busy, world = Busy(driver, builder), World(driver, builder=builder)
+    world.set_centers()
+    (short,) = prefilled(world, 70)
+    world.synchronize()
+    builder.drain()
+    busy.start()
+    (long,) = prefilled(world, 140)
+    world.step([short])
+    world.synchronize()
+    assert builder.pending == 2
+    builder.drain()
+    assert [sealed(world, short), sealed(world, long)] == [[1], [2]]
+
+
+def test_what_exists_by_then_is_not_built_again(driver: FakeDriver) -> None:
+    builder = _C.SegmentBuilder(CPUS[:1])
+    busy, world = Busy(driver, builder), World(driver, builder=builder)
+    world.set_centers()
+    busy.start()
+    (request,) = prefilled(world, 140)
+    world.synchronize()
+    assert builder.pending == 2
+    index = world.layers[0].layer.index
+    assert index.seal(*world.batch([request]), pool()) == 2
+    builder.drain()
+    assert (index.segments_built, index.segments_dropped) == (2, 0)
+
+
 def test_stale_memory_is_given_back(driver: FakeDriver) -> None:
     """Also when nothing needs a segment any more: a decode step or a chunk is enough."""
     builder = _C.SegmentBuilder(CPUS[:1])
