@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from vllm_magicpig import reference
-from vllm_magicpig.triton_kernels import host_pages, simhash
+from vllm_magicpig.triton_kernels import host_pages, merge, simhash
 from vllm_magicpig.triton_kernels.launch import Launch
 
 # Per program, CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
@@ -93,6 +93,8 @@ def variants(dtype: torch.dtype, head_size: int, num_kv_heads: int) -> Iterator[
         name,
         host_pages.gather_pages_launch(pages, table, 0, 320, key, key, BLOCK_SIZE, programs),
     )
+    lse = torch.zeros(num_kv_heads, 320)
+    yield name, merge.merge_into_launch(torch.zeros(key.shape), lse, key, lse)
 
 
 def compile_for(arch: int, variant: str, launch: Launch) -> Resources:
