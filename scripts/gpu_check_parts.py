@@ -1,0 +1,229 @@
+"""What the parts of a gpu-check share, and its first two: the machine, and the tests."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu_check_children import DONE, Child, Ended, run_children
+from gpu_check_jobs import OFFLINE, ROOT, HardwareJob, Task, hardware_task
+from gpu_check_report import CUT, FAILED, Part, Report, Row, checked, measured
+from gpu_check_scale import Scale
+
+MAX_NAMES = 10  # of failed or skipped tests in a row
+
+
+@dataclass
+class Context:
+    """scratch: folder for job and result files, gone afterwards; logs: one that stays."""
+
+    scale: Scale
+    report: Report
+    scratch: Path
+    logs: Path
+
+
+@dataclass(frozen=True)
+class Answered:
+    """How a child ended, and its events."""
+
+    ended: Ended
+    events: list[dict[str, Any]]
+
+    def all(self, kind: str) -> list[Any]:
+        return [event[kind] for event in self.events if kind in event]
+
+    def first(self, kind: str) -> Any:
+        """None where it never got so far."""
+        return next(iter(self.all(kind)), None)
+
+
+def ask(
+    part: Part, context: Context, tasks: Sequence[Task], budget_s: float, at_once: int = 1
+) -> dict[str, Answered]:
+    """Runs the children; keeps what they said in the part's raw report."""
+    children = [task.child for task in tasks]
+    ended = run_children(children, context.logs, budget_s, at_once)
+    answered = {}
+    for task in tasks:
+        name = task.child.name
+        answered[name] = Answered(ended[name], task.events())
+        part.raw[name] = {"state": ended[name].state, "seconds": ended[name].seconds}
+    return answered
+
+
+def ended_row(check: str, ended: Ended, is_correctness: bool) -> Row:
+    """Of a child that failed or was cut."""
+    assert ended.state in (FAILED, CUT)
+    return Row(check, ended.state, ended.reason, is_correctness=is_correctness, log=ended.log_end)
+
+
+# ---------------------------------------------------------------------------------------- hardware
+
+
+def run_hardware(part: Part, budget_s: float, context: Context) -> None:
+    scale = context.scale
+    job = HardwareJob(scale.host_buffer_bytes, scale.device_buffer_bytes, scale.gathered_bytes)
+    task = hardware_task(job, context.scratch)
+    answered = ask(part, context, [task], budget_s)["hardware"]
+    facts = answered.first("facts")
+    if facts is not None:
+        context.report.facts |= facts
+        part.rows += fact_rows(facts)
+    for host in answered.all("host"):
+        context.report.facts["host"] = host  # the last one: all cores
+        part.rows.append(host_row(host))
+    device = answered.first("device")
+    if device is not None:
+        context.report.facts["device_bandwidth"] = device
+        part.rows += device_rows(device)
+    if answered.ended.state != DONE:
+        part.rows.append(ended_row("hardware", answered.ended, is_correctness=False))
+
+
+def fact_rows(facts: dict[str, Any]) -> list[Row]:
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    missing = ", ".join(facts["missing_cpu_flags"])
+    cpu = (
+        f"{facts['cpu']}; {facts['physical_cores']} cores for this process, NUMA nodes: "
+        f"{facts['numa_nodes']}, {facts['memory_gib']:.0f} GiB of RAM; kernels for "
+        f"{facts['kernels']}"
+    )
+    gpu = f"{facts['device']}, {facts['gpu_memory_gib']:.1f} GiB, driver {facts['driver']}"
+    return [
+        measured("GPU", gpu),
+        measured("software", f"Python {facts['python']}, CUDA {facts['cuda']}, {versions}"),
+        measured("CPU", cpu),
+        measured("CPU flags", f"{', '.join(facts['cpu_flags'])}; without {missing or 'none'}"),
+        measured("load before", f"{facts['load_average']:.1f} processes (mean of a minute)"),
+    ]
+
+
+def host_row(host: dict[str, Any]) -> Row:
+    threads = host["threads"]
+    name = (
+        "host memory, 1 thread" if threads == 1 else f"host memory, {threads} threads, one a core"
+    )
+    return measured(
+        name,
+        f"reading {host['sequential_gbs']:.1f} GB/s (the faster of torch's sum and dot), random "
+        f"512-byte rows {host['row_gather_gbs']:.1f} GB/s, 64-byte lines "
+        f"{host['line_gather_gbs']:.1f} GB/s (torch's embedding_bag, float32)",
+    )
+
+
+def device_rows(device: dict[str, Any]) -> list[Row]:
+    return [
+        measured("GPU memory", f"{device['hbm_gbs']:.0f} GB/s, read and written by a copy"),
+        measured(
+            "PCIe, pinned",
+            f"to the GPU {device['h2d_gbs']:.1f} GB/s, back {device['d2h_gbs']:.1f} GB/s; a copy "
+            f"of 8 KiB {device['copy_us']:.1f} us",
+        ),
+        measured(
+            "empty host callback",
+            f"{device['callback_us']:.1f} us each, one after another on a stream "
+            "(cuLaunchHostFunc)",
+        ),
+    ]
+
+
+# ------------------------------------------------------------------------------------------- tests
+
+
+@dataclass(frozen=True)
+class TestCounts:
+    """failed, skipped: name and reason of each."""
+
+    passed: int
+    failed: list[tuple[str, str]]
+    skipped: list[tuple[str, str]]
+
+
+def run_tests(part: Part, budget_s: float, context: Context) -> None:
+    xml = context.scratch / "tests.xml"
+    command = [
+        *pytest_command(),
+        "-q",
+        f"--junitxml={xml}",
+        "-p",
+        "no:cacheprovider",
+        f"--rootdir={ROOT}",
+        f"--confcutdir={ROOT}",
+        "-c",
+        str(ROOT / "pyproject.toml"),
+        *(str(ROOT / word) if word.startswith("tests") else word for word in context.scale.tests),
+    ]
+    if not any(word.startswith("tests") for word in context.scale.tests):
+        command.append(str(ROOT / "tests"))
+    child = Child("tests", command, OFFLINE)
+    ended = run_children([child], context.logs, budget_s)["tests"]
+    # An interrupted pytest still writes its report.
+    counts = read_junit(xml.read_text("utf-8")) if xml.exists() else None
+    part.raw["tests"] = {"state": ended.state, "seconds": ended.seconds, "counts": counts}
+    what = " ".join(context.scale.tests)
+    part.rows += test_rows(f"pytest {what}", counts, ended)
+
+
+def pytest_command() -> list[str]:
+    """The console script: `python -m pytest` would put the current folder on sys.path."""
+    beside = Path(sys.executable).parent / "pytest"
+    found = str(beside) if beside.exists() else shutil.which("pytest")
+    if found is None:
+        raise RuntimeError("there is no pytest here; pip install the extra vllm-magicpig[dev].")
+    return [found]
+
+
+def read_junit(text: str) -> TestCounts:
+    passed, failed, skipped = 0, [], []
+    for case in ElementTree.fromstring(text).iter("testcase"):
+        name = f"{case.get('classname', '')}::{case.get('name', '')}"
+        outcomes = {kind: case.find(kind) for kind in ("failure", "error", "skipped")}
+        wrong = outcomes["failure"] if outcomes["failure"] is not None else outcomes["error"]
+        if wrong is not None:
+            failed.append((name, wrong.get("message", "")))
+        elif outcomes["skipped"] is not None:
+            skipped.append((name, outcomes["skipped"].get("message", "")))
+        else:
+            passed += 1
+    return TestCounts(passed, failed, skipped)
+
+
+def test_rows(check: str, counts: TestCounts | None, ended: Ended) -> list[Row]:
+    if counts is None:
+        if ended.state == DONE:  # pytest said that all is well and told nothing about it
+            return [Row(check, FAILED, "pytest wrote no report", is_correctness=True)]
+        return [ended_row(check, ended, is_correctness=True)]
+    figure = (
+        f"{counts.passed} passed, {len(counts.failed)} failed, {len(counts.skipped)} skipped in "
+        f"{ended.seconds:.0f} s"
+    )
+    bar = "at least one passes, none fails"
+    if counts.failed or (ended.state != CUT and counts.passed == 0) or ended.state == FAILED:
+        rows = [Row(check, FAILED, figure, bar, False, is_correctness=True, log=ended.log_end)]
+    elif ended.state == CUT:
+        rows = [Row(check, CUT, f"{figure}; {ended.reason}", bar, is_correctness=True)]
+    else:
+        rows = [checked(check, True, figure, bar)]
+    for name, reason in counts.failed[:MAX_NAMES]:
+        rows.append(Row(f"test {name}", FAILED, _first_line(reason), is_correctness=True))
+    if counts.skipped:
+        shown = counts.skipped[:MAX_NAMES]
+        rows.append(
+            measured(
+                "tests skipped",
+                "; ".join(f"{name}: {_first_line(reason)}" for name, reason in shown)
+                + f"; and {len(counts.skipped) - len(shown)} more"
+                * (len(counts.skipped) > len(shown)),
+            )
+        )
+    return rows
+
+
+def _first_line(text: str) -> str:
+    return text.strip().split("\n")[0][:300]
