@@ -9,13 +9,10 @@
 // owns memory behind one can tell, by its use_count, whether a callback may still come.
 #pragma once
 
-#include <condition_variable>
-#include <deque>
 #include <exception>
 #include <memory>
 #include <mutex>
-#include <thread>
-#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "magicpig.h"
@@ -51,7 +48,8 @@ class HostJob {
   virtual void abandon() noexcept = 0;
 };
 
-/// Enqueues jobs, and keeps the first error. While that waits, later jobs are abandoned.
+/// Enqueues jobs, and keeps the first error. While that waits, later jobs are abandoned. A job is
+/// freed once it ran: no launch may be captured in a graph, which would run it again.
 class HostCallbacks : public std::enable_shared_from_this<HostCallbacks> {
  public:
   explicit HostCallbacks(LaunchHostFunc launch_host_func) : launch_(launch_host_func) {}

@@ -224,6 +224,12 @@ class World:
         empty = [layer.new_rows(0, self.generator) for layer in self.layers]
         return Request(held=empty)
 
+    def prefilled(self, *lengths: int) -> list[Request]:
+        """Requests of these lengths, by a step of their own."""
+        requests = [self.request() for _ in lengths]
+        self.step([], list(zip(requests, lengths, strict=True)))
+        return requests
+
     def finish(self, request: Request) -> None:
         """Its blocks are the next to be used again."""
         self.free += request.blocks

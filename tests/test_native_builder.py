@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import subprocess
 import sys
 import textwrap
@@ -13,13 +12,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-import torch
+from builder_helpers import Busy, sealed
 from fake_driver import FakeDriver
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from native_helpers import Rule, pool
-from request_lives import NUM_BLOCKS, Engine, Request
-from stream_helpers import CPUS, MAX_REQS, MAX_TOKENS, Buffers, World, fake_driver
+from native_helpers import pool
+from stream_helpers import CPUS, World, fake_driver
 
 from vllm_magicpig import _C
 
@@ -30,67 +26,13 @@ def driver() -> Iterator[FakeDriver]:
         yield driver
 
 
-def prefilled(world: World, *lengths: int) -> list:
-    requests = [world.request() for _ in lengths]
-    world.step([], list(zip(requests, lengths, strict=True)))
-    return requests
-
-
-def sealed(world: World, request: object) -> list[int]:
-    """Segments of a request, per layer."""
-    (table,), (length,) = world.batch([request])  # type: ignore[list-item]
-    return [layer.layer.index.count_sealed(table, int(length)) for layer in world.layers]
-
-
-class Busy:
-    """Work for the builder that takes it a while: 12 segments of 255 tables."""
-
-    def __init__(
-        self, driver: FakeDriver, builder: _C.SegmentBuilder, segment_tokens: int = 16384
-    ) -> None:
-        self.world = world = World(
-            driver,
-            builder=builder,
-            num_blocks=12,
-            num_kv_heads=1,
-            num_tables=255,
-            block_size=segment_tokens,
-            segment_tokens=segment_tokens,
-        )
-        world.set_centers()
-        self.layer = world.layers[0]
-        self.index = self.layer.layer.index
-        self.starts = np.arange(12) * segment_tokens
-        # Whatever lies in the pages is as good as any code: this is about time.
-        world.block_tables[0] = np.arange(12)
-        world.seq_lens[0] = 12 * segment_tokens
-        world.slots[0] = 0
-        self.step = _C.StreamStep(
-            world.metadata,
-            1,
-            1,
-            np.zeros(0, np.int32),
-            np.zeros(0, np.int64),
-            np.zeros(1, np.int32),
-            np.zeros(1, np.int64),
-            np.ones(1, np.int64),
-        )
-
-    def reissue(self) -> None:
-        self.layer.layer.pages.note_writes(self.starts)
-
-    def start(self) -> None:
-        self.layer.native.launch_stored(self.world.main, self.step)
-        self.world.synchronize()
-
-
 def test_the_sample_does_not_depend_on_the_builder(driver: FakeDriver) -> None:
     """The same life with and without, and the same bits out."""
     results = []
     for builder in (None, _C.SegmentBuilder(CPUS), None):
         world = World(driver, 2, builder=builder, seed=7)
         world.set_centers()
-        requests = prefilled(world, 300, 64)
+        requests = world.prefilled(300, 64)
         for i in range(20):
             world.step(requests, [(world.request(), 30)] if i % 6 == 0 else [])
             if builder is not None and i == 10:
@@ -116,7 +58,7 @@ def test_prefill_and_decode_both_ask(driver: FakeDriver) -> None:
     builder = _C.SegmentBuilder(CPUS[:1])
     world = World(driver, builder=builder, exact_below=100)
     world.set_centers()
-    long, short, growing = prefilled(world, 200, 119, 190)
+    long, short, growing = world.prefilled(200, 119, 190)
     world.synchronize()
     builder.drain()
     # A middle of 99 tokens is attended exactly, and not worth an index.
@@ -136,7 +78,7 @@ def test_prefill_and_decode_both_ask(driver: FakeDriver) -> None:
 def test_without_a_center_nothing_is_built(driver: FakeDriver) -> None:
     builder = _C.SegmentBuilder(CPUS[:1])
     world = World(driver, builder=builder)
-    (request,) = prefilled(world, 200)
+    (request,) = world.prefilled(200)
     world.step([request])
     world.synchronize()
     assert builder.pending == 0
@@ -149,7 +91,7 @@ def test_blocks_reissued_while_queued_are_not_registered(driver: FakeDriver) -> 
     world.set_centers()
     layer = world.layers[0]
     busy.start()
-    (old,) = prefilled(world, 140)
+    (old,) = world.prefilled(140)
     world.synchronize()
     tables, _ = world.batch([old])
     # The last block of the second stretch has a new owner, which has written one token.
@@ -193,8 +135,8 @@ def test_a_replaced_entry_heals(driver: FakeDriver) -> None:
     busy, world = Busy(driver, builder), World(driver, builder=builder)
     world.set_centers()
     busy.start()
-    (first,) = prefilled(world, 140)
-    (second,) = prefilled(world, 70)
+    (first,) = world.prefilled(140)
+    (second,) = world.prefilled(70)
     world.synchronize()
     assert builder.pending == 2, "one entry for the layer, behind the busy one"
     builder.drain()
@@ -211,11 +153,11 @@ def test_asking_for_nothing_replaces_nothing(driver: FakeDriver) -> None:
     builder = _C.SegmentBuilder(CPUS[:1])
     busy, world = Busy(driver, builder), World(driver, builder=builder)
     world.set_centers()
-    (short,) = prefilled(world, 70)
+    (short,) = world.prefilled(70)
     world.synchronize()
     builder.drain()
     busy.start()
-    (long,) = prefilled(world, 140)
+    (long,) = world.prefilled(140)
     world.step([short])
     world.synchronize()
     assert builder.pending == 2
@@ -228,7 +170,7 @@ def test_what_exists_by_then_is_not_built_again(driver: FakeDriver) -> None:
     busy, world = Busy(driver, builder), World(driver, builder=builder)
     world.set_centers()
     busy.start()
-    (request,) = prefilled(world, 140)
+    (request,) = world.prefilled(140)
     world.synchronize()
     assert builder.pending == 2
     index = world.layers[0].layer.index
@@ -243,11 +185,11 @@ def test_stale_memory_is_given_back(driver: FakeDriver) -> None:
     world = World(driver, builder=builder)
     world.set_centers()
     index = world.layers[0].layer.index
-    (other,) = prefilled(world, 70)
+    (other,) = world.prefilled(70)
     world.synchronize()
     builder.drain()
     for use in ("decode", "chunk"):
-        (request,) = prefilled(world, 260)
+        (request,) = world.prefilled(260)
         world.synchronize()
         builder.drain()
         assert index.num_segments == 5
@@ -298,7 +240,7 @@ def test_layers_and_builder_may_go_while_it_works(driver: FakeDriver) -> None:
         busy, world = Busy(driver, builder), World(driver, builder=builder)
         world.set_centers()
         busy.start()
-        prefilled(world, 300)
+        world.prefilled(300)
         world.synchronize()
         assert builder.pending == 2
         index = busy.index
@@ -347,132 +289,3 @@ def test_a_forked_child_is_told_and_does_not_hang() -> None:
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60
     )
     assert result.stdout.split() == ["7"], result.stderr
-
-
-# ------------------------------------------------------------------------------------ random lives
-
-
-class StreamEngine(Engine):
-    """Writes as the device does, noted and indexed by callbacks, while the builder, which others
-    keep busy, works on what earlier owners of the blocks asked for."""
-
-    def __init__(self, seed: int, driver: FakeDriver) -> None:
-        super().__init__(seed)
-        self.driver, self.stream = driver, driver.new_stream()
-        self.callbacks = _C.HostCallbacks(driver.launch_host_func)
-        self.builder = _C.SegmentBuilder(CPUS)
-        self.block_tables = np.zeros((MAX_REQS, NUM_BLOCKS), np.int32)
-        self.seq_lens = np.zeros(MAX_REQS, np.int32)
-        self.slots = np.zeros(MAX_TOKENS, np.int64)
-        self.metadata = _C.StreamMetadata(self.block_tables, self.seq_lens, self.slots)
-        rule = Rule()
-        self.native = _C.StreamLayer(
-            self.layer.pages,
-            self.layer.index,
-            _C.InclusionTable(2, 6, rule.min_matches),
-            Buffers.like(self.layer, 4).native(),
-            self.callbacks,
-            self.builder,
-            scale=1.0,
-            exact_below=0,
-            isa=_C.resolve_isa("auto"),
-            pool=pool(),
-            **rule.native(),
-        )
-        self.native.set_center(np.zeros((2, 16), np.float32))
-        self.busy = Busy(driver, self.builder, segment_tokens=1024)
-
-    def choose(self, free: list[int]) -> int:
-        return min(free)  # so that stretches come again, with other codes
-
-    def step(self, action: str) -> None:
-        if self.random.random() < 0.5:
-            self.busy.reissue()
-            self.busy.start()
-        if action == "replace" and self.running:
-            self.release(self.random.choice(self.running))
-            self.start(self.codes(self.random.randrange(33, 97)), [])  # ends within a stretch
-        else:
-            super().step(action)
-
-    def write(self, request: Request, codes: torch.Tensor) -> None:
-        start, num_tokens = request.codes.shape[1], codes.shape[1]
-        self.layer.store_codes(request.blocks, start, codes)
-        self.block_tables[0, : len(request.blocks)] = request.blocks
-        self.seq_lens[0] = start + num_tokens
-        self.slots[:num_tokens] = self.layer.slots(request.blocks, start, start + num_tokens)
-        step = _C.StreamStep(
-            self.metadata,
-            1,
-            num_tokens,
-            np.zeros(0, np.int32),
-            np.zeros(0, np.int64),
-            np.zeros(1, np.int32),
-            np.zeros(1, np.int64),
-            np.array([num_tokens]),
-        )
-        self.native.launch_stored(self.stream, step)
-        self.driver.synchronize()
-        self.callbacks.raise_error()
-
-    def check(self) -> None:
-        self.check_sample()
-        if self.random.random() < 0.15:
-            self.builder.drain()
-            self.builder.raise_error()
-            self.check_memory()
-
-
-ACTIONS = st.sampled_from(
-    ["new", "share", "append", "append", "free", "replace", "replace", "preempt", "resume", "clear"]
-)
-
-
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
-@given(seed=st.integers(0, 2**20), actions=st.lists(ACTIONS, min_size=5, max_size=40))
-def test_the_sample_follows_the_codes_while_the_builder_works(
-    seed: int, actions: list[str]
-) -> None:
-    with fake_driver() as driver:
-        engine = StreamEngine(seed, driver)
-        for action in actions:
-            engine.step(action)
-            engine.check()
-        engine.builder.drain()
-        engine.builder.raise_error()
-        engine.check_memory()
-        engine.check_sample()
-
-
-def test_a_stale_entry_never_serves_the_new_owner(driver: FakeDriver) -> None:
-    """It runs while the new owner of both blocks has filled them in part."""
-    engine = StreamEngine(1, driver)
-    for num_tokens in (1, 31, 32, 33, 63):
-        engine.busy.reissue()
-        engine.busy.start()
-        engine.start(engine.codes(64), [])
-        (old,) = engine.running
-        engine.release(old)
-        engine.start(engine.codes(num_tokens), [])
-        (new,) = engine.running
-        assert new.blocks == old.blocks[: len(new.blocks)]
-        assert engine.builder.pending == 2, "the old owner's entry waits behind the busy one"
-        engine.builder.drain()
-        engine.append(new, engine.codes(200 - num_tokens))
-        engine.check_sample()
-        engine.builder.drain()
-        engine.check_sample()
-        engine.release(new)
-    engine.check_memory()
-
-
-def test_synchronous_seals_beside_the_builder(driver: FakeDriver) -> None:
-    """One build at a time; nothing is built twice, and the accounting adds up."""
-    engine = StreamEngine(3, driver)
-    choose = random.Random(0)
-    for _ in range(300):
-        engine.step(choose.choice(["new", "append", "append", "free", "clear"]))
-        engine.layer.index.seal(*engine.batch(engine.running), pool())
-        engine.check()
-    engine.builder.drain()
-    engine.check_memory()

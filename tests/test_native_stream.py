@@ -22,12 +22,6 @@ def driver() -> Iterator[FakeDriver]:
         yield driver
 
 
-def prefilled(world: World, *lengths: int) -> list[Request]:
-    requests = [world.request() for _ in lengths]
-    world.step([], list(zip(requests, lengths, strict=True)))
-    return requests
-
-
 def decode_directly(world: World, index: int, requests: list[Request]) -> tuple[np.ndarray, ...]:
     """(out, rows) of the last step's decodes of a layer, by decode_attention."""
     decoded = world.decoded[index]
@@ -55,7 +49,7 @@ def test_results_are_those_of_decode_attention(
     world = World(driver, 2, group=3, exact_below=30, isa=isa, dtype=dtype, head_size=24)
     if sampled:
         world.set_centers()
-    requests = prefilled(world, 223, 1, 128, 40)
+    requests = world.prefilled(223, 1, 128, 40)
     world.step(requests, padded=2)
     world.synchronize()
     for i in range(2):
@@ -74,7 +68,7 @@ def test_steps_and_layers_back_to_back(driver: FakeDriver) -> None:
     world.set_centers()
     started = threading.Event()
     driver.enqueue(world.main, started.wait)
-    running = prefilled(world, 100, 33)
+    running = world.prefilled(100, 33)
     for i in range(24):
         arriving = world.request()
         world.step(running, [(arriving, 20 + i)], padded=i % 2)
@@ -91,7 +85,7 @@ def test_kernels_come_before_and_after_the_callback(driver: FakeDriver) -> None:
     """A slow kernel in front of each, and one right behind that overwrites what it read."""
     world = World(driver)
     world.set_centers()
-    (request,) = prefilled(world, 150)
+    (request,) = world.prefilled(150)
     for _ in range(4):
         driver.enqueue(world.main, lambda: time.sleep(0.02))
         world.step([request])
@@ -124,7 +118,7 @@ def test_two_callbacks_of_a_layer_at_once(driver: FakeDriver) -> None:
     """Prefill is noted beside the decode of the same step; events order them only across steps."""
     world = World(driver, num_blocks=300)
     world.set_centers()
-    requests = prefilled(world, 80, 500)
+    requests = world.prefilled(80, 500)
     for _ in range(40):
         arriving = world.request()
         world.step(requests, [(arriving, 60)])
@@ -137,7 +131,7 @@ def test_two_callbacks_of_a_layer_at_once(driver: FakeDriver) -> None:
 def test_whether_there_is_a_center_is_decided_at_the_launch(driver: FakeDriver) -> None:
     world = World(driver)
     layer = world.layers[0]
-    (request,) = prefilled(world, 100)
+    (request,) = world.prefilled(100)
     gate = threading.Event()
     driver.enqueue(world.main, gate.wait)
     world.step([request])
@@ -173,7 +167,7 @@ def test_exact_mode_needs_neither_codes_nor_index(driver: FakeDriver) -> None:
         **world.settings(),
     )
     world.layers[0].native = layer
-    requests = prefilled(world, 100, 20)
+    requests = world.prefilled(100, 20)
     world.step(requests)
     world.check()
     assert layer.counters.exact_heads == 2 * world.num_q_heads
@@ -212,7 +206,7 @@ def test_dummy_steps_store_and_count_nothing(driver: FakeDriver) -> None:
 def test_counters(driver: FakeDriver) -> None:
     world = World(driver, exact_below=50)
     world.set_centers()
-    requests = prefilled(world, 200, 30, 100)
+    requests = world.prefilled(200, 30, 100)
     rows = []
     for _ in range(5):
         world.step(requests, padded=1)
@@ -237,7 +231,7 @@ def test_counters(driver: FakeDriver) -> None:
 def test_the_last_16384_query_heads_are_remembered(driver: FakeDriver) -> None:
     world = World(driver, num_kv_heads=4, group=64, num_blocks=60, num_tables=2)
     world.set_centers()
-    requests = prefilled(world, *[20] * 8)
+    requests = world.prefilled(*[20] * 8)
     steps = 16384 // (8 * 256) + 3
     rows = []
     for _ in range(steps):
@@ -255,8 +249,8 @@ def test_any_batch_of_lengths(driver: FakeDriver) -> None:
     """Block edges and part edges; more requests than threads."""
     world = World(driver, num_blocks=400, rule=Rule(1, 0, 0), segment_tokens=256)
     world.set_centers()
-    requests = prefilled(world, 1, 31, 32, 33, 63, 1023, 64)
-    requests += prefilled(world, 2047)
+    requests = world.prefilled(1, 31, 32, 33, 63, 1023, 64)
+    requests += world.prefilled(2047)
     for _ in range(3):
         world.step(requests)
     world.check()

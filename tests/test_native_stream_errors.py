@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from fake_driver import FakeDriver
 from native_helpers import pool
-from stream_helpers import CPUS, Request, World, fake_driver
+from stream_helpers import CPUS, World, fake_driver
 
 from vllm_magicpig import _C
 
@@ -32,12 +32,6 @@ def world(driver: FakeDriver) -> World:
     world = World(driver, 2)
     world.set_centers()
     return world
-
-
-def prefilled(world: World, *lengths: int) -> list[Request]:
-    requests = [world.request() for _ in lengths]
-    world.step([], list(zip(requests, lengths, strict=True)))
-    return requests
 
 
 def corrupt_the_next_copy(world: World, corrupt: Callable[[], None]) -> None:
@@ -85,7 +79,7 @@ BAD = [
 def test_bad_metadata_is_the_error_of_its_step(
     world: World, corrupt: Callable[[World], None], text: str
 ) -> None:
-    requests = prefilled(world, 100, 50)
+    requests = world.prefilled(100, 50)
     world.step(requests)
     world.check()
     corrupt_the_next_copy(world, lambda: corrupt(world))
@@ -99,14 +93,14 @@ def test_bad_metadata_is_the_error_of_its_step(
     world.decoded.clear()
 
     # Other requests are served as before.
-    others = prefilled(world, 90)
+    others = world.prefilled(90)
     world.step(others)
     world.check()
 
 
 def test_bad_prefill_metadata(world: World) -> None:
     corrupt_the_next_copy(world, lambda: bad_slot(world))
-    prefilled(world, 100)
+    world.prefilled(100)
     world.synchronize()
     with pytest.raises(RuntimeError, match=r"slots\[0\] is 1280"):
         world.callbacks.raise_error()
@@ -115,7 +109,7 @@ def test_bad_prefill_metadata(world: World) -> None:
 
 def test_query_codes_without_a_bucket(world: World) -> None:
     """They would index the buckets out of bounds."""
-    requests = prefilled(world, 100, 50)
+    requests = world.prefilled(100, 50)
     gate = threading.Event()
     world.driver.enqueue(world.main, gate.wait)
     step = world.step(requests)
@@ -131,7 +125,7 @@ def test_query_codes_without_a_bucket(world: World) -> None:
 
 
 def test_all_work_is_void_until_the_error_is_raised(world: World) -> None:
-    requests = prefilled(world, 100, 50)
+    requests = world.prefilled(100, 50)
     corrupt_the_next_copy(world, lambda: bad_slot(world))
     world.step(requests)
     for _ in range(3):
@@ -148,7 +142,7 @@ def test_all_work_is_void_until_the_error_is_raised(world: World) -> None:
 
 def test_a_step_has_one_error(world: World) -> None:
     """Its later layers give NaN, also when the first one's error was raised before they run."""
-    requests = prefilled(world, 100)
+    requests = world.prefilled(100)
     world.synchronize()
     corrupt_the_next_copy(world, lambda: bad_slot(world))
     step = world.step(requests)
@@ -165,14 +159,14 @@ def test_a_step_has_one_error(world: World) -> None:
 
 def test_void_work_leaves_no_trusted_segment(world: World) -> None:
     """The device wrote new rows and codes into blocks of an old segment, and nobody noted it."""
-    (old,) = prefilled(world, 70)
+    (old,) = world.prefilled(70)
     world.synchronize()
     layer = world.layers[0].layer
     tables, lens = world.batch([old])
     assert layer.index.seal(tables, lens, pool()) == 1
     world.finish(old)
     corrupt_the_next_copy(world, lambda: world.seq_lens.fill(10**6))
-    prefilled(world, 70)
+    world.prefilled(70)
     world.synchronize()
     with pytest.raises(RuntimeError, match="seq_lens"):
         world.callbacks.raise_error()
@@ -182,7 +176,7 @@ def test_void_work_leaves_no_trusted_segment(world: World) -> None:
 
 
 def test_a_refused_launch(world: World) -> None:
-    requests = prefilled(world, 100)
+    requests = world.prefilled(100)
     world.driver.refuse_next(719)
     with pytest.raises(RuntimeError, match=r"CUresult 719, "):
         world.step(requests)
@@ -192,7 +186,7 @@ def test_a_refused_launch(world: World) -> None:
     with pytest.raises(RuntimeError, match="CUresult 400"):
         world.layers[0].native.launch_decode(0xDEAD, world.step([], padded=1))
     world.decoded.clear()
-    others = prefilled(world, 90)
+    others = world.prefilled(90)
     world.step(others)
     world.check()
 
@@ -241,7 +235,7 @@ def test_pending_work_outlives_what_python_drops(driver: FakeDriver) -> None:
     world.set_centers()
     gate = threading.Event()
     driver.enqueue(world.main, gate.wait)
-    requests = prefilled(world, 200, 50)
+    requests = world.prefilled(200, 50)
     world.step(requests, [(world.request(), 70)])
     callbacks = world.callbacks
     assert callbacks.pending >= 4
@@ -266,9 +260,14 @@ def test_pending_work_outlives_what_python_drops(driver: FakeDriver) -> None:
 def test_memory_is_freed_when_nothing_is_pending(driver: FakeDriver) -> None:
     world = World(driver, 2, builder=_C.SegmentBuilder(CPUS[:1]))
     world.set_centers()
-    requests = prefilled(world, 200, 50)
+    requests = world.prefilled(200, 50)
     world.step(requests)
     world.check()
+    driver.refuse_next(719)
+    with pytest.raises(RuntimeError, match="719"):  # what was refused is not pending, either
+        world.step(requests)
+    driver.synchronize()
+    world.decoded.clear()
     arrays = [world.layers[0].layer.memory, world.block_tables, world.buffers.out]
     references = [weakref.ref(array) for array in arrays]
     del world, requests, arrays

@@ -192,7 +192,8 @@ class HostCallbacks:
     launch_host_func: address of a function with cuLaunchHostFunc's signature,
     CUresult(CUstream, void (*)(void *), void *). A launch that it refuses raises RuntimeError at
     once, with its code. Work that fails fills its outputs with NaN, and so does all work after it
-    until `raise_error` has raised; host work never touches Python.
+    until `raise_error` has raised; host work never touches Python. Each launch runs once, so that
+    none may be captured in a CUDA graph.
     """
 
     def __init__(self, launch_host_func: int) -> None: ...

@@ -1,0 +1,57 @@
+"""What the tests of the background builder share."""
+
+from __future__ import annotations
+
+import numpy as np
+from fake_driver import FakeDriver
+from stream_helpers import Request, World
+
+from vllm_magicpig import _C
+
+
+def sealed(world: World, request: Request) -> list[int]:
+    """Segments of a request, per layer."""
+    (table,), (length,) = world.batch([request])
+    return [layer.layer.index.count_sealed(table, int(length)) for layer in world.layers]
+
+
+class Busy:
+    """Work for the builder that takes it a while: 12 segments of 255 tables."""
+
+    def __init__(
+        self, driver: FakeDriver, builder: _C.SegmentBuilder, segment_tokens: int = 16384
+    ) -> None:
+        self.world = world = World(
+            driver,
+            builder=builder,
+            num_blocks=12,
+            num_kv_heads=1,
+            num_tables=255,
+            block_size=segment_tokens,
+            segment_tokens=segment_tokens,
+        )
+        world.set_centers()
+        self.layer = world.layers[0]
+        self.index = self.layer.layer.index
+        self.starts = np.arange(12) * segment_tokens
+        # Whatever lies in the pages is as good as any code: this is about time.
+        world.block_tables[0] = np.arange(12)
+        world.seq_lens[0] = 12 * segment_tokens
+        world.slots[0] = 0
+        self.step = _C.StreamStep(
+            world.metadata,
+            1,
+            1,
+            np.zeros(0, np.int32),
+            np.zeros(0, np.int64),
+            np.zeros(1, np.int32),
+            np.zeros(1, np.int64),
+            np.ones(1, np.int64),
+        )
+
+    def reissue(self) -> None:
+        self.layer.layer.pages.note_writes(self.starts)
+
+    def start(self) -> None:
+        self.layer.native.launch_stored(self.world.main, self.step)
+        self.world.synchronize()
