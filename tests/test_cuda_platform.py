@@ -23,7 +23,8 @@ def config(attention_backend=backend, options=None, **changes):
         additional_config={} if options is None else {"magicpig": options},
         model_config=NS(
             use_mla=False, is_hybrid=False, is_attention_free=False, is_encoder_decoder=False,
-            is_mm_prefix_lm=False, enable_sleep_mode=changes.pop("sleep", False),
+            is_mm_prefix_lm=False, dtype="torch.bfloat16",
+            enable_sleep_mode=changes.pop("sleep", False),
         ),
         cache_config=NS(cache_dtype="auto", block_size=16, user_specified_block_size=False),
         parallel_config=NS(

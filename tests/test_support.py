@@ -14,7 +14,11 @@ def config(**changes: Any) -> SimpleNamespace:
     """A vLLM configuration that is fine but for `changes`; `a__b` changes b of a."""
     made = SimpleNamespace(
         model_config=SimpleNamespace(
-            use_mla=False, is_hybrid=False, is_attention_free=False, is_encoder_decoder=False
+            use_mla=False,
+            is_hybrid=False,
+            is_attention_free=False,
+            is_encoder_decoder=False,
+            dtype="torch.float16",
         ),
         cache_config=SimpleNamespace(cache_dtype="auto", block_size=128),
         parallel_config=SimpleNamespace(
@@ -46,6 +50,7 @@ LAYER: dict[str, Any] = {
 
 def test_ordinary_models_pass() -> None:
     check_config(config())
+    check_config(config(cache_config__cache_dtype="float16"))
     check_config(config(model_config=None))
     check_layer(**LAYER)
     check_layer(**LAYER | {"extra": {"sinks": None}})
@@ -59,6 +64,7 @@ def test_ordinary_models_pass() -> None:
         ({"model_config__is_attention_free": True}, "Mamba"),
         ({"model_config__is_encoder_decoder": True}, "encoder-decoder"),
         ({"cache_config__cache_dtype": "fp8_e4m3"}, "fp8_e4m3"),
+        ({"cache_config__cache_dtype": "bfloat16"}, "bfloat16 for a model in float16"),
         ({"cache_config__block_size": 16}, "block size 16"),
         ({"parallel_config__decode_context_parallel_size": 2}, "decode 2"),
         ({"parallel_config__prefill_context_parallel_size": 4}, "prefill 4"),

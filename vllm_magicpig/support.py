@@ -34,6 +34,13 @@ def check_config(vllm_config: Any) -> None:
             "auto, float16, bfloat16 and float32",
             "drop --kv-cache-dtype",
         )
+    if model is not None and str(cache.cache_dtype) not in ("auto", _name(model.dtype)):
+        # Pages hold rows as the model makes them.
+        raise _refusal(
+            f"KV cache dtype {cache.cache_dtype} for a model in {_name(model.dtype)}",
+            "the model's own dtype",
+            "drop --kv-cache-dtype",
+        )
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         raise _refusal(
             "context parallelism (decode "
@@ -113,6 +120,11 @@ def check_layer(
             "groups of 1 to 64 query heads",
             _ALTERNATIVE,
         )
+
+
+def _name(dtype: Any) -> str:
+    """torch.bfloat16 -> "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _refusal(value: str, allowed: str, remedy: str) -> ValueError:
