@@ -16,7 +16,10 @@ def sealed(world: World, request: Request) -> list[int]:
 
 
 class Busy:
-    """Work for the builder that takes it a while: 12 segments of 255 tables."""
+    """Work for the builder that takes it most of a second, on an idle machine, while a test looks at
+    what is queued behind it: segments of 255 tables."""
+
+    num_segments = 36
 
     def __init__(
         self, driver: FakeDriver, builder: _C.SegmentBuilder, segment_tokens: int = 16384
@@ -24,7 +27,7 @@ class Busy:
         self.world = world = World(
             driver,
             builder=builder,
-            num_blocks=12,
+            num_blocks=self.num_segments,
             num_kv_heads=1,
             num_tables=255,
             block_size=segment_tokens,
@@ -33,10 +36,10 @@ class Busy:
         world.set_centers()
         self.layer = world.layers[0]
         self.index = self.layer.layer.index
-        self.starts = np.arange(12) * segment_tokens
+        self.starts = np.arange(self.num_segments) * segment_tokens
         # Whatever lies in the pages is as good as any code: this is about time.
-        world.block_tables[0] = np.arange(12)
-        world.seq_lens[0] = 12 * segment_tokens
+        world.block_tables[0] = np.arange(self.num_segments)
+        world.seq_lens[0] = self.num_segments * segment_tokens
         world.slots[0] = 0
         self.step = _C.StreamStep(
             world.metadata,
