@@ -3,6 +3,7 @@ each request logically holds; on a fake device, and on a GPU where there is one.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -257,6 +258,27 @@ def test_steps_launched_back_to_back_without_waiting(
     for outs, expected in steps:
         for out, wanted in zip(outs, expected, strict=True):
             assert (out.cpu().double() - wanted).abs().max() < 1e-5
+
+
+def test_python_never_waits_for_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mixed step is launched while the device has not begun it."""
+    device = FakeDevice()
+    model = Model(device, num_layers=1)
+    model.step(a=900, b=700)
+    monkeypatch.setattr(device, "settle", lambda: None)
+    gate = threading.Event()
+    device.launch(gate.wait)
+    new_tokens = {"a": 1, "b": 500, "c": 40}
+    step = model._metadata(new_tokens)
+    query, key, value = model._random_rows(541)
+    out = torch.full_like(query[0], torch.nan)
+    model.layers[0].forward(query[0], key[0], value[0], out, step)
+    assert device.callbacks.pending == 2, "what was stored is noted, and a decode"
+    assert out.isnan().all()
+    gate.set()
+    device.synchronize()
+    device.callbacks.raise_error()
+    assert worst(model._compare(new_tokens, query, key, value, [out])) < 1e-5
 
 
 def test_dummy_steps_store_nothing_and_freeze_no_centre(device: Any) -> None:
