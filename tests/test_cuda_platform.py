@@ -7,7 +7,12 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from test_plugin import output
+
+pytestmark = pytest.mark.skipif(
+    torch.version.cuda is not None, reason="about vLLM's CPU build, and this is a CUDA build"
+)
 
 STUB = """
 import sys, types

@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(
+    torch.version.cuda is not None, reason="about vLLM's CPU build, and this is a CUDA build"
+)
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -88,7 +93,6 @@ def test_where_vllm_skips_platform_plugins_the_name_is_unknown_rather_than_ignor
 
 def configure(model: str, **arguments: Any) -> tuple[str, str]:
     """The backend class that vLLM selects for an ordinary layer, and its whole configuration."""
-    import torch
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.attention.selector import get_attn_backend
