@@ -23,13 +23,17 @@ setup:
 demo: setup
 	$(if $(MODEL),HF_HUB_OFFLINE=0) $(VENV)/python examples/demo.py $(if $(MODEL),--model "$(MODEL)")
 
+# Files of tests side by side, each on a core of its own (tests/conftest.py).
+PYTEST_WORKERS ?= 2
+PARALLEL = -n $(PYTEST_WORKERS) --dist loadfile
+
 # The console script, not `python -m pytest`: that would put the repository root on sys.path, and
 # vLLM would take the folder triton_kernels/ for OpenAI's package of that name.
 test: setup
-	$(VENV)/pytest -q $(PYTEST_ARGS)
+	$(VENV)/pytest -q $(PARALLEL) $(PYTEST_ARGS)
 
 test-fast: setup
-	$(VENV)/pytest -q -m "not e2e" $(PYTEST_ARGS)
+	$(VENV)/pytest -q $(PARALLEL) -m "not e2e" $(PYTEST_ARGS)
 
 gpu-check: setup
 	$(VENV)/python scripts/gpu_check.py $(GPU_CHECK_ARGS)

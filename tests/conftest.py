@@ -9,3 +9,11 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 # vLLM compiles a few sampler functions even in eager mode, a quarter of a minute for each process.
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+
+# vLLM binds every CPU engine to the same cores, so processes of pytest-xdist take one each.
+worker = os.environ.get("PYTEST_XDIST_WORKER")
+if worker is not None:
+    cpus = sorted(os.sched_getaffinity(0))
+    os.environ.setdefault(
+        "VLLM_CPU_OMP_THREADS_BIND", str(cpus[int(worker.removeprefix("gw")) % len(cpus)])
+    )
