@@ -258,10 +258,8 @@ class MagicPigImpl(AttentionImpl[Any]):
         if self.sampled is None:
             return PageUse(0, 0, 0, 0, 0)
         pages = self.sampled.pages
-        tokens, page_bytes = (
-            pages.native.num_tokens,
-            pages.native.num_used_blocks * pages.block_bytes,
-        )
+        tokens = pages.native.num_tokens
+        page_bytes = pages.native.num_used_blocks * pages.block_bytes
         if self.sampled.index is None:
             return PageUse(tokens, page_bytes, 0, 0, 0)
         native = self.sampled.index.native

@@ -302,14 +302,8 @@ class DeviceLayer:
             return
         self.device.synchronize()
         assert self.index is not None
-        stored = []
-        for chunk in step.chunks:
-            if bool((step.buffers.slots[chunk.start : chunk.stop] >= 0).all()):
-                stored.append(chunk.request)
-        for row, token in zip(step.decode_rows.tolist(), step.decode_tokens.tolist(), strict=True):
-            if step.buffers.slots[token] >= 0:
-                stored.append(row)
-        self.index.freeze(step.seq_lens, step.buffers.block_tables.numpy(), sorted(stored))
+        stored = step.stored_rows(step.buffers.slots.numpy())
+        self.index.freeze(step.seq_lens, step.buffers.block_tables.numpy(), stored)
         if self.index.center.value is not None:
             self._take_center(self.index.center.value)
 

@@ -40,12 +40,14 @@ class DevicePagesWorker(MagicPigWorker):
         self._device = self._make_device()
         self._buffers = self._make_buffers(self._device)
         device_bytes: int = super().determine_available_memory()  # type: ignore[misc]
-        planned = self._plan(device_bytes)
-        block_size = self._block_size
-        max_model_len = self._config.model_config.max_model_len
-        if self._config.model_config.original_max_model_len != -1:  # else vLLM fits it to the cache
-            capacity.check_one_request(planned, block_size=block_size, max_model_len=max_model_len)
         specs = self.get_kv_cache_spec()
+        planned = self._plan(device_bytes, specs)
+        block_size = self._block_size
+        max_model_len = self.vllm_config.model_config.max_model_len
+        if (
+            self.vllm_config.model_config.original_max_model_len != -1
+        ):  # else vLLM fits it to the cache
+            capacity.check_one_request(planned, block_size=block_size, max_model_len=max_model_len)
         logger.info(
             "%s",
             capacity.report(
@@ -58,8 +60,8 @@ class DevicePagesWorker(MagicPigWorker):
         )
         return min(device_bytes, planned.num_blocks * planned.device_block_bytes)
 
-    def _plan(self, device_bytes: int) -> capacity.Capacity:
-        options, specs = self._options, self.get_kv_cache_spec()
+    def _plan(self, device_bytes: int, specs: dict[str, Any]) -> capacity.Capacity:
+        options = self._options
         shapes = [self._shape(impl) for _, impl in self._sampled_layers()]
         free, ranks = free_ram_bytes(), self._local_ranks
         if options.host_kv_cache_gib is None:
@@ -101,14 +103,14 @@ class DevicePagesWorker(MagicPigWorker):
         return DevicePageBackend
 
     def _make_buffers(self, device: Device) -> DeviceBuffers:
-        scheduler = self._config.scheduler_config
+        scheduler = self.vllm_config.scheduler_config
         return DeviceBuffers(
             device,
             self._options,
             {self._shape(impl) for _, impl in self._sampled_layers()},
             max_reqs=scheduler.max_num_seqs,
             max_tokens=scheduler.max_num_batched_tokens,
-            max_blocks=-(-self._config.model_config.max_model_len // self._block_size),
+            max_blocks=-(-self.vllm_config.model_config.max_model_len // self._block_size),
         )
 
     def _bind_layers(self, kv_cache_config: Any) -> None:
@@ -154,7 +156,7 @@ class DevicePagesWorker(MagicPigWorker):
             impl.num_heads,
             impl.num_kv_heads,
             impl.head_size,
-            self._config.model_config.dtype if dtype == "auto" else getattr(torch, dtype),
+            self.vllm_config.model_config.dtype if dtype == "auto" else getattr(torch, dtype),
         )
 
     def compile_or_warm_up_model(self) -> Any:
@@ -207,18 +209,14 @@ class DevicePagesWorker(MagicPigWorker):
     # ------------------------------------------------------------------------------------ config
 
     @property
-    def _config(self) -> Any:
-        return self.vllm_config
-
-    @property
     def _block_size(self) -> int:
-        size: int = self._config.cache_config.block_size
+        size: int = self.vllm_config.cache_config.block_size
         return size
 
     @property
     def _local_ranks(self) -> int:
         """Workers of this engine on this machine, who share its RAM and cores."""
-        parallel = self._config.parallel_config
+        parallel = self.vllm_config.parallel_config
         ranks: int = parallel.local_world_size * parallel.data_parallel_size_local
         return max(1, ranks)
 
@@ -248,9 +246,10 @@ def _token_bytes(shape: LayerShape, num_tables: int) -> int:
 
 
 def _dense_page_bytes(spec: Any) -> int:
-    """Of one block, if the layer were dense: K and V of every head."""
-    size: int = spec.block_size * spec.num_kv_heads * 2 * spec.head_size * spec.dtype.itemsize
-    return size
+    """Of one block, if the layer were dense."""
+    return capacity.dense_block_bytes(
+        1, spec.num_kv_heads, spec.head_size, spec.dtype.itemsize, spec.block_size
+    )
 
 
 def _log_progress(what: str) -> Callable[[int, int], None]:

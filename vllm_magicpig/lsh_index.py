@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +49,7 @@ class LshIndex:
         key: [num_tokens, num_kv_heads, head_size].
         """
         if self.center.value is None:
-            self.freeze(step.seq_lens, step.block_tables, _stored_rows(step))
+            self.freeze(step.seq_lens, step.block_tables, step.stored_rows(step.slots))
         else:
             codes = self.projection.hash_keys(key, self.center.value)
             self.pages.store_codes(codes, step.slots, self._pool)
@@ -101,16 +101,6 @@ class LshIndex:
             self.native.seal(
                 np.ascontiguousarray(step.block_tables[rows]), step.seq_lens[rows], self._pool
             )
-
-
-def _stored_rows(step: Step) -> Iterator[int]:
-    """Rows of requests that stored all of their tokens of this step."""
-    spans = [(chunk.request, chunk.start, chunk.stop) for chunk in step.chunks]
-    decodes = zip(step.decode_rows.tolist(), step.decode_tokens.tolist(), strict=True)
-    spans += [(row, token, token + 1) for row, token in decodes]
-    for row, start, stop in sorted(spans):
-        if bool((step.slots[start:stop] >= 0).all()):
-            yield row
 
 
 def make_index(
