@@ -27,26 +27,21 @@ Requests requests_of(const Pages& pages, const py::array& block_tables, const py
   return requests;
 }
 
-SampleRule rule_of(const LshIndex& index, const py::array& query_codes, int64_t num_reqs,
-                   int64_t num_q_heads, int64_t min_matches, int64_t sink_tokens,
-                   int64_t window_tokens) {
-  const int64_t num_tables = index.pages().layout().num_tables;
-  SampleRule rule;
-  rule.index = &index;
-  rule.query_codes =
-      input<uint16_t>("query_codes", query_codes,
-                      {{"num_reqs", num_reqs}, {"num_q_heads", num_q_heads}, {"L", num_tables}});
-  check_query_codes(rule.query_codes, static_cast<size_t>(query_codes.size()), index.num_bits());
-  rule.min_matches = in_range("min_matches", min_matches, 1, num_tables);
-  rule.sink_tokens = token_count("sink_tokens", sink_tokens);
-  rule.window_tokens = token_count("window_tokens", window_tokens);
-  return rule;
+/// Query codes of a batch, none of more bits than the rule's.
+const uint16_t* query_codes_of(const SampleRule& rule, const py::array& query_codes,
+                               int64_t num_reqs, int64_t num_q_heads) {
+  const uint16_t* codes = input<uint16_t>(
+      "query_codes", query_codes,
+      {{"num_reqs", num_reqs}, {"num_q_heads", num_q_heads}, {"words", rule.table->code_words()}});
+  check_query_codes(codes, static_cast<size_t>(query_codes.size()), rule.table->word_bits());
+  return codes;
 }
 
 // ------------------------------------------------------------------------------------- settings
 
 constexpr int kMaxBits = 15;     // codes are uint16, and one more value means "no bucket"
 constexpr int kMaxTables = 255;  // counters are uint8
+constexpr int kMaxSignatureTables = 256;
 
 Isa resolve_isa(const std::string& name) {
   if (name == "auto") return best_isa();
@@ -66,7 +61,7 @@ std::unique_ptr<ThreadPool> make_pool(const std::vector<int>& cpus) {
 }
 
 PageLayout layout_of(const std::string& row_dtype, int64_t block_size, int64_t head_size,
-                     int64_t num_tables) {
+                     int64_t code_words) {
   PageLayout layout;
   if (row_dtype == "float32")
     layout.row_type = RowType::float32;
@@ -88,15 +83,15 @@ PageLayout layout_of(const std::string& row_dtype, int64_t block_size, int64_t h
            "backend for this model.");
   layout.block_size = static_cast<int>(block_size);
   layout.head_size = static_cast<int>(head_size);
-  layout.num_tables = in_range("num_tables", num_tables, 0, kMaxTables);
+  layout.code_words = in_range("code_words", code_words, 0, kMaxTables);
   return layout;
 }
 
 // ---------------------------------------------------------------------------------------- pages
 
 std::shared_ptr<BoundPages> make_pages(py::array memory, const std::string& row_dtype,
-                                       int64_t block_size, int64_t head_size, int64_t num_tables) {
-  const PageLayout layout = layout_of(row_dtype, block_size, head_size, num_tables);
+                                       int64_t block_size, int64_t head_size, int64_t code_words) {
+  const PageLayout layout = layout_of(row_dtype, block_size, head_size, code_words);
   uint8_t* bytes =
       output<uint8_t>("memory", memory, {{"num_blocks"}, {"num_kv_heads"}, {"chunk_bytes"}});
   const int64_t chunk_bytes = memory.shape(2);
@@ -138,8 +133,9 @@ py::array_t<int32_t> written_blocks(const BoundPages& self) {
 }
 
 void check_has_codes(const Pages& pages) {
-  if (pages.layout().num_tables == 0)
-    refuse("These pages have num_tables = 0, but this call needs codes; make them with L tables.");
+  if (pages.layout().code_words == 0)
+    refuse(
+        "These pages have code_words = 0, but this call needs codes; make them with code words.");
 }
 
 void store_codes(BoundPages& self, const py::array& codes, const py::array& slots,
@@ -150,7 +146,7 @@ void store_codes(BoundPages& self, const py::array& codes, const py::array& slot
   const uint16_t* code = input<uint16_t>("codes", codes,
                                          {{"num_tokens", num_tokens},
                                           {"num_kv_heads", self.pages.num_kv_heads()},
-                                          {"L", self.pages.layout().num_tables}});
+                                          {"words", self.pages.layout().code_words}});
   py::gil_scoped_release release;
   self.pages.store_codes(code, slot, static_cast<size_t>(num_tokens), pool);
 }
@@ -159,7 +155,7 @@ py::array_t<uint16_t> load_codes(const BoundPages& self, const py::array& slots)
   check_has_codes(self.pages);
   const int64_t* slot = slots_of(slots, self.pages, -1, 0);
   py::array_t<uint16_t> codes(std::vector<py::ssize_t>{slots.shape(0), self.pages.num_kv_heads(),
-                                                       self.pages.layout().num_tables});
+                                                       self.pages.layout().code_words});
   uint16_t* code = codes.mutable_data();
   const size_t num_tokens = static_cast<size_t>(slots.shape(0));
   py::gil_scoped_release release;
@@ -176,7 +172,7 @@ uint64_t epoch(const BoundPages& self, int64_t block) {
 py::array_t<uint16_t> pack_codes_array(const py::array& projections, int64_t num_bits, Isa isa,
                                        ThreadPool& pool) {
   check_isa(isa);
-  const int bits = in_range("num_bits", num_bits, 1, kMaxBits);
+  const int bits = in_range("num_bits", num_bits, 1, InclusionTable::kBitsPerWord);
   const float* x = input<float>("projections", projections, {{"n"}, {"L * K"}});
   if (projections.shape(1) % bits != 0)
     refuse("projections has ", projections.shape(1), " columns, but K = ", bits,
@@ -190,24 +186,52 @@ py::array_t<uint16_t> pack_codes_array(const py::array& projections, int64_t num
   return codes;
 }
 
-std::unique_ptr<InclusionTable> make_table(int64_t num_bits, int64_t num_tables,
-                                           int64_t min_matches) {
+std::unique_ptr<InclusionTable> make_table(int64_t num_bits, int64_t num_tables) {
   const int bits = in_range("num_bits", num_bits, 1, kMaxBits);
-  const int tables = in_range("num_tables", num_tables, 1, kMaxTables);
-  const int matches = in_range("min_matches", min_matches, 1, tables);
+  const int tables =
+      in_range("num_tables", num_tables, 1, bits == 1 ? kMaxSignatureTables : kMaxTables);
+  if (bits == 1 && tables % InclusionTable::kBitsPerWord != 0)
+    refuse("num_tables is ", num_tables,
+           ", but with K = 1 must be a multiple of 16, the tables of a code word; pass one.");
   py::gil_scoped_release release;
-  return std::make_unique<InclusionTable>(bits, tables, matches);
+  return std::make_unique<InclusionTable>(bits, tables);
 }
 
-py::array_t<float> log_u_array(const InclusionTable& table, const py::array& cosine, Isa isa) {
+int check_matches(const InclusionTable& table, int64_t min_matches) {
+  return in_range("min_matches", min_matches, 1 + score_bias(table.num_tables()),
+                  table.num_tables());
+}
+
+py::array_t<float> log_u_array(const InclusionTable& table, const py::array& cosine,
+                               int64_t min_matches, double fraction, Isa isa) {
   check_isa(isa);
   const float* x = input<float>("cosine", cosine, {{"n"}});
+  if (!(fraction > 0 && fraction <= 1))
+    refuse("fraction is ", fraction,
+           ", but must lie above 0 and at most at 1; pass one that does.");
+  const Threshold threshold = {check_matches(table, min_matches), static_cast<float>(fraction)};
   py::array_t<float> out(cosine.shape(0));
   float* y = out.mutable_data();
   const size_t size = static_cast<size_t>(cosine.shape(0));
   py::gil_scoped_release release;
-  log_u(table, x, size, y, isa);
+  log_u(table, threshold, x, size, y, isa);
   return out;
+}
+
+std::unique_ptr<BoundRule> make_rule(std::shared_ptr<InclusionTable> table, int64_t min_matches,
+                                     int64_t sink_tokens, int64_t window_tokens, double row_budget,
+                                     uint64_t seed) {
+  if (!(row_budget >= 0 && row_budget <= 1))
+    refuse("row_budget is ", row_budget,
+           ", but is a fraction of the middle; pass one in 0..1, 0 for no limit.");
+  SampleRule rule;
+  rule.table = table.get();
+  rule.min_matches = check_matches(*table, min_matches);
+  rule.sink_tokens = token_count("sink_tokens", sink_tokens);
+  rule.window_tokens = token_count("window_tokens", window_tokens);
+  rule.row_budget = row_budget;
+  rule.seed = seed;
+  return std::unique_ptr<BoundRule>(new BoundRule{std::move(table), rule});
 }
 
 // ---------------------------------------------------------------------------------------- index
@@ -248,35 +272,48 @@ size_t count_sealed(const BoundIndex& self, const py::array& block_table, int64_
 
 // --------------------------------------------------------------------------------------- decode
 
-std::vector<std::vector<py::array_t<int32_t>>> sample_arrays(
-    const BoundIndex& index, const py::array& query_codes, const py::array& block_tables,
-    const py::array& seq_lens, int64_t min_matches, int64_t sink_tokens, int64_t window_tokens,
-    Isa isa, ThreadPool& pool) {
+const LshIndex* index_of(const BoundIndex* index, const BoundPages& pages) {
+  if (index == nullptr) return nullptr;
+  check_same_pages(*index, pages);
+  return &index->index;
+}
+
+/// Per request and query head (positions, matches of the threshold, fraction).
+std::vector<std::vector<py::tuple>> sample_arrays(const BoundPages& pages, const BoundRule& rule,
+                                                  const BoundIndex* index,
+                                                  const py::array& query_codes,
+                                                  const py::array& block_tables,
+                                                  const py::array& seq_lens, Isa isa,
+                                                  ThreadPool& pool) {
   check_isa(isa);
-  const Requests requests = requests_of(index.pages->pages, block_tables, seq_lens);
-  check_shape("query_codes", query_codes, {{"num_reqs"}, {"num_q_heads"}, {"L"}});
-  const int num_q_heads = check_query_heads(query_codes.shape(1), index.pages->pages);
-  const SampleRule rule = rule_of(index.index, query_codes, requests.size, num_q_heads, min_matches,
-                                  sink_tokens, window_tokens);
-  std::vector<std::vector<std::vector<int32_t>>> found;
+  const Requests requests = requests_of(pages.pages, block_tables, seq_lens);
+  check_shape("query_codes", query_codes, {{"num_reqs"}, {"num_q_heads"}, {"words"}});
+  const int num_q_heads = check_query_heads(query_codes.shape(1), pages.pages);
+  const LshIndex* segments = index_of(index, pages);
+  check_rule(rule.rule, pages.pages, segments);
+  const SampleInput in = {&rule.rule, segments,
+                          query_codes_of(rule.rule, query_codes, requests.size, num_q_heads)};
+  std::vector<std::vector<HeadSample>> samples;
   {
     py::gil_scoped_release release;
-    found = sample(requests, num_q_heads, rule, isa, pool);
+    samples = sample(pages.pages, requests, num_q_heads, in, isa, pool);
   }
-  std::vector<std::vector<py::array_t<int32_t>>> arrays;
-  for (const auto& heads : found) {
+  std::vector<std::vector<py::tuple>> arrays;
+  for (const auto& heads : samples) {
     arrays.emplace_back();
-    for (const auto& ids : heads)
-      arrays.back().emplace_back(static_cast<py::ssize_t>(ids.size()), ids.data());
+    for (const HeadSample& head : heads)
+      arrays.back().push_back(
+          py::make_tuple(py::array_t<int32_t>(static_cast<py::ssize_t>(head.positions.size()),
+                                              head.positions.data()),
+                         head.threshold.matches, head.threshold.fraction));
   }
   return arrays;
 }
 
-py::tuple decode(const BoundPages& pages, const BoundIndex* index, const InclusionTable* table,
+py::tuple decode(const BoundPages& pages, const BoundRule* rule, const BoundIndex* index,
                  const py::array& query, const std::optional<py::array>& query_codes,
                  const std::optional<py::array>& center, const py::array& block_tables,
                  const py::array& seq_lens, py::array& out, py::array& lse, double scale,
-                 int64_t min_matches, int64_t sink_tokens, int64_t window_tokens,
                  int64_t exact_below, Isa isa, ThreadPool& pool) {
   check_isa(isa);
   const Requests requests = requests_of(pages.pages, block_tables, seq_lens);
@@ -288,19 +325,19 @@ py::tuple decode(const BoundPages& pages, const BoundIndex* index, const Inclusi
   in.scale = finite_scale(scale);
   in.exact_below = token_count("exact_below", exact_below);
 
-  const int given =
-      (index != nullptr) + (table != nullptr) + query_codes.has_value() + center.has_value();
-  if (given != 0 && given != 4)
-    refuse("Of index, table, query_codes and center, ", given,
-           " are given, but sampling needs all "
-           "four and exact attention none; pass all or None.");
-  in.sampled = given == 4;
-  if (in.sampled) {
-    check_same_pages(*index, pages);
-    in.rule = rule_of(index->index, *query_codes, requests.size, in.num_q_heads, min_matches,
-                      sink_tokens, window_tokens);
-    check_table(*table, index->index, in.rule.min_matches);
-    in.table = table;
+  const int given = (rule != nullptr) + query_codes.has_value() + center.has_value();
+  if (given != 0 && given != 3)
+    refuse("Of rule, query_codes and center, ", given,
+           " are given, but sampling needs all three and exact attention none; pass all or None.");
+  if (given == 0 && index != nullptr)
+    refuse("index is given without a rule, but exact attention reads none; pass both or None.");
+  SampleInput sample = {};
+  if (given == 3) {
+    sample.rule = &rule->rule;
+    sample.index = index_of(index, pages);
+    check_rule(rule->rule, pages.pages, sample.index);
+    sample.query_codes = query_codes_of(rule->rule, *query_codes, requests.size, in.num_q_heads);
+    in.sample = &sample;
     in.center =
         input<float>("center", *center,
                      {{"num_kv_heads", pages.pages.num_kv_heads()}, {"head_size", head_size}});
@@ -338,14 +375,14 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<BoundPages, std::shared_ptr<BoundPages>>(m, "Pages")
       .def(py::init(&make_pages), array_arg("memory"), arg("row_dtype"), arg("block_size"),
-           arg("head_size"), arg("num_tables"))
+           arg("head_size"), arg("code_words"))
       .def_static(
           "chunk_bytes",
           [](const std::string& row_dtype, int64_t block_size, int64_t head_size,
-             int64_t num_tables) {
-            return layout_of(row_dtype, block_size, head_size, num_tables).chunk_bytes();
+             int64_t code_words) {
+            return layout_of(row_dtype, block_size, head_size, code_words).chunk_bytes();
           },
-          arg("row_dtype"), arg("block_size"), arg("head_size"), arg("num_tables"))
+          arg("row_dtype"), arg("block_size"), arg("head_size"), arg("code_words"))
       .def("store_rows", &store_rows, array_arg("key"), array_arg("value"), array_arg("slots"),
            arg("pool"))
       .def("store_codes", &store_codes, array_arg("codes"), array_arg("slots"), arg("pool"))
@@ -361,8 +398,13 @@ PYBIND11_MODULE(_C, m) {
         arg("pool"));
 
   py::class_<InclusionTable, std::shared_ptr<InclusionTable>>(m, "InclusionTable")
-      .def(py::init(&make_table), arg("num_bits"), arg("num_tables"), arg("min_matches"))
-      .def("log_u", &log_u_array, array_arg("cosine"), arg("isa"));
+      .def(py::init(&make_table), arg("num_bits"), arg("num_tables"))
+      .def("log_u", &log_u_array, array_arg("cosine"), arg("min_matches"), arg("fraction"),
+           arg("isa"));
+
+  py::class_<BoundRule, std::shared_ptr<BoundRule>>(m, "SampleRule")
+      .def(py::init(&make_rule), arg("table").none(false), py::kw_only(), arg("min_matches"),
+           arg("sink_tokens"), arg("window_tokens"), arg("row_budget") = 0.0, arg("seed") = 0);
 
   py::class_<BoundIndex, std::shared_ptr<BoundIndex>>(m, "LshIndex")
       .def(py::init(&make_index), arg("pages"), arg("num_bits"), arg("segment_tokens"))
@@ -378,15 +420,14 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("segments_dropped",
                              [](BoundIndex& b) { return b.index.segments_dropped(); });
 
-  m.def("sample", &sample_arrays, arg("index"), array_arg("query_codes"), array_arg("block_tables"),
-        array_arg("seq_lens"), py::kw_only(), arg("min_matches"), arg("sink_tokens"),
-        arg("window_tokens"), arg("isa"), arg("pool"));
+  m.def("sample", &sample_arrays, arg("pages"), arg("rule"), arg("index").none(true),
+        array_arg("query_codes"), array_arg("block_tables"), array_arg("seq_lens"), py::kw_only(),
+        arg("isa"), arg("pool"));
 
-  m.def("decode_attention", &decode, arg("pages"), arg("index").none(true), arg("table").none(true),
+  m.def("decode_attention", &decode, arg("pages"), arg("rule").none(true), arg("index").none(true),
         array_arg("query"), array_arg("query_codes").none(true), array_arg("center").none(true),
         array_arg("block_tables"), array_arg("seq_lens"), array_arg("out"), array_arg("lse"),
-        py::kw_only(), arg("scale"), arg("min_matches"), arg("sink_tokens"), arg("window_tokens"),
-        arg("exact_below"), arg("isa"), arg("pool"));
+        py::kw_only(), arg("scale"), arg("exact_below"), arg("isa"), arg("pool"));
 
   bind_streams(m);
 }

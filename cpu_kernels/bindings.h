@@ -150,13 +150,25 @@ inline float finite_scale(double scale) {
   return static_cast<float>(scale);
 }
 
-inline void check_table(const InclusionTable& table, const LshIndex& index, int min_matches) {
-  const int num_tables = index.pages().layout().num_tables;
-  if (table.num_bits != index.num_bits() || table.num_tables != num_tables ||
-      table.min_matches != min_matches)
-    refuse("table is for (K, L, min_matches) = (", table.num_bits, ", ", table.num_tables, ", ",
-           table.min_matches, "), but this call is for (", index.num_bits(), ", ", num_tables, ", ",
-           min_matches, "); make an InclusionTable for it.");
+/// The rule, and the table that it reads.
+struct BoundRule {
+  std::shared_ptr<InclusionTable> table;
+  SampleRule rule;
+};
+
+/// That the rule's codes are those of these pages and of the index.
+inline void check_rule(const SampleRule& rule, const Pages& pages, const LshIndex* index) {
+  const InclusionTable& table = *rule.table;
+  if (table.code_words() != pages.layout().code_words)
+    refuse("rule is for (K, L) = (", table.num_bits(), ", ", table.num_tables(), "), which take ",
+           table.code_words(), " code words a token, but the pages hold ",
+           pages.layout().code_words, "; make both for the same K and L.");
+  if (index == nullptr) return;
+  if (table.num_bits() == 1)
+    refuse("index is given with K = 1, whose tables have no buckets; pass None.");
+  if (table.num_bits() != index->num_bits())
+    refuse("rule is for K = ", table.num_bits(), ", but the index for K = ", index->num_bits(),
+           "; make both for the same K.");
 }
 
 inline void check_same_pages(const BoundIndex& index, const BoundPages& pages) {

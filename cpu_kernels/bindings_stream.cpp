@@ -110,7 +110,7 @@ struct BoundExchange {
   DecodeExchange buffers;
   int64_t num_kv_heads;
   int64_t head_size;
-  int64_t num_tables;  // 0 without codes
+  int64_t code_words;  // 0 without codes
   bool float32_rows;
 };
 
@@ -150,10 +150,10 @@ std::shared_ptr<BoundExchange> make_exchange(const py::array& query, const py::a
         "none; pass both or None.");
   if (query_codes.has_value()) {
     e.buffers.query_codes =
-        input<uint16_t>("query_codes", *query_codes, {max_decodes, num_q_heads, {"L"}});
-    e.num_tables = query_codes->shape(2);
-    e.buffers.key_codes =
-        input<uint16_t>("key_codes", *key_codes, {max_decodes, num_kv_heads, {"L", e.num_tables}});
+        input<uint16_t>("query_codes", *query_codes, {max_decodes, num_q_heads, {"words"}});
+    e.code_words = query_codes->shape(2);
+    e.buffers.key_codes = input<uint16_t>("key_codes", *key_codes,
+                                          {max_decodes, num_kv_heads, {"words", e.code_words}});
     e.arrays.push_back(*query_codes);
     e.arrays.push_back(*key_codes);
   }
@@ -164,8 +164,8 @@ std::shared_ptr<BoundExchange> make_exchange(const py::array& query, const py::a
 struct BoundLayer {
   struct Owned {
     std::shared_ptr<BoundPages> pages;
+    std::shared_ptr<BoundRule> rule;
     std::shared_ptr<BoundIndex> index;
-    std::shared_ptr<InclusionTable> table;
     std::shared_ptr<BoundExchange> exchange;
     std::shared_ptr<SegmentBuilder> builder;
     std::shared_ptr<ThreadPool> pool;
@@ -178,14 +178,14 @@ struct BoundLayer {
   ~BoundLayer() {
     if (in_flight(layer)) {
       new Owned(std::move(owned));
-    } else if (owned.builder != nullptr) {
+    } else if (owned.builder != nullptr && owned.index != nullptr) {
       py::gil_scoped_release release;
       owned.builder->forget(owned.index->index);
     }
   }
 };
 
-void check_exchange(const BoundExchange& exchange, const Pages& pages, const LshIndex* index) {
+void check_exchange(const BoundExchange& exchange, const Pages& pages, bool sampled) {
   const PageLayout& layout = pages.layout();
   check_query_heads(exchange.buffers.num_q_heads, pages);
   if (exchange.num_kv_heads != pages.num_kv_heads() || exchange.head_size != layout.head_size)
@@ -196,53 +196,49 @@ void check_exchange(const BoundExchange& exchange, const Pages& pages, const Lsh
     refuse("exchange has rows of ", exchange.float32_rows ? 4 : 2,
            "-byte elements, but the pages of ", layout.element_bytes(),
            "; make it of the pages' row dtype.");
-  if (index != nullptr && exchange.num_tables != layout.num_tables)
-    refuse("exchange has codes of ", exchange.num_tables, " tables, but the pages of ",
-           layout.num_tables, "; make it with the pages' L.");
+  if (sampled && exchange.code_words != layout.code_words)
+    refuse("exchange has codes of ", exchange.code_words, " words, but the pages of ",
+           layout.code_words, "; make it with the pages' code words.");
 }
 
 std::unique_ptr<BoundLayer> make_layer(
-    std::shared_ptr<BoundPages> pages, std::shared_ptr<BoundIndex> index,
-    std::shared_ptr<InclusionTable> table, std::shared_ptr<BoundExchange> exchange,
+    std::shared_ptr<BoundPages> pages, std::shared_ptr<BoundRule> rule,
+    std::shared_ptr<BoundIndex> index, std::shared_ptr<BoundExchange> exchange,
     std::shared_ptr<HostCallbacks> callbacks, std::shared_ptr<SegmentBuilder> builder, double scale,
-    int64_t min_matches, int64_t sink_tokens, int64_t window_tokens, int64_t exact_below, Isa isa,
-    std::shared_ptr<ThreadPool> pool) {
+    int64_t exact_below, Isa isa, std::shared_ptr<ThreadPool> pool) {
   check_isa(isa);
-  if ((index == nullptr) != (table == nullptr))
-    refuse(
-        "Of index and table one is None, but sampling needs both and exact attention none; pass "
-        "both or None.");
+  if (index != nullptr && rule == nullptr)
+    refuse("index is given without a rule, but exact attention reads none; pass both or None.");
   if (builder != nullptr && index == nullptr)
     refuse("builder is given without an index, but has nothing to build then; pass None.");
-  check_exchange(*exchange, pages->pages, index == nullptr ? nullptr : &index->index);
+  check_exchange(*exchange, pages->pages, rule != nullptr);
 
   StreamLayer::Parts parts = {};
   parts.pages = &pages->pages;
-  if (index != nullptr) {
-    check_same_pages(*index, *pages);
-    parts.index = &index->index;
-    parts.min_matches = in_range("min_matches", min_matches, 1, pages->pages.layout().num_tables);
-    check_table(*table, index->index, parts.min_matches);
-    parts.table = table.get();
+  if (rule != nullptr) {
+    if (index != nullptr) {
+      check_same_pages(*index, *pages);
+      parts.index = &index->index;
+    }
+    check_rule(rule->rule, pages->pages, parts.index);
+    parts.rule = &rule->rule;
   }
   parts.exchange = exchange->buffers;
   parts.callbacks = std::move(callbacks);
   parts.builder = builder.get();
   parts.scale = finite_scale(scale);
-  parts.sink_tokens = token_count("sink_tokens", sink_tokens);
-  parts.window_tokens = token_count("window_tokens", window_tokens);
   parts.exact_below = std::max(1, token_count("exact_below", exact_below));
   parts.isa = isa;
   parts.pool = pool.get();
   return std::make_unique<BoundLayer>(
-      BoundLayer::Owned{std::move(pages), std::move(index), std::move(table), std::move(exchange),
+      BoundLayer::Owned{std::move(pages), std::move(rule), std::move(index), std::move(exchange),
                         std::move(builder), std::move(pool)},
       std::move(parts));
 }
 
 void set_center(BoundLayer& self, const py::array& center) {
-  if (self.owned.index == nullptr)
-    refuse("This layer has no index, but a center is for codes; make it with an index.");
+  if (self.owned.rule == nullptr)
+    refuse("This layer has no rule, but a center is for codes; make it with a rule.");
   const float* value = input<float>("center", center,
                                     {{"num_kv_heads", self.owned.exchange->num_kv_heads},
                                      {"head_size", self.owned.exchange->head_size}});
@@ -320,10 +316,9 @@ void bind_streams(py::module_& m) {
       .def_readonly("step_ns", &StreamCounters::step_ns);
 
   py::class_<BoundLayer>(m, "StreamLayer")
-      .def(py::init(&make_layer), arg("pages").none(false), arg("index").none(true),
-           arg("table").none(true), arg("exchange").none(false), arg("callbacks").none(false),
-           arg("builder").none(true), py::kw_only(), arg("scale"), arg("min_matches"),
-           arg("sink_tokens"), arg("window_tokens"), arg("exact_below"), arg("isa"),
+      .def(py::init(&make_layer), arg("pages").none(false), arg("rule").none(true),
+           arg("index").none(true), arg("exchange").none(false), arg("callbacks").none(false),
+           arg("builder").none(true), py::kw_only(), arg("scale"), arg("exact_below"), arg("isa"),
            arg("pool").none(false))
       .def("set_center", &set_center, array_arg("center"))
       .def("launch_stored", &launch_stored, arg("stream"), arg("step"))

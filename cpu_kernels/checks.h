@@ -64,12 +64,12 @@ inline void check_blocks(const Pages& pages, int64_t row, const int32_t* blocks,
              " tokens.");
 }
 
-/// size codes; none of more bits than the index has buckets for.
+/// size codes; none of more bits than the rule's codes have.
 inline void check_query_codes(const uint16_t* codes, size_t size, int num_bits) {
   const uint16_t* largest = std::max_element(codes, codes + size);
   if (size > 0 && *largest >> num_bits != 0)
     refuse("query_codes holds ", *largest, ", but codes of ", num_bits, " bits lie in 0..",
-           (1 << num_bits) - 1, "; hash with the index's K.");
+           (1 << num_bits) - 1, "; hash with the rule's K.");
 }
 
 }  // namespace magicpig

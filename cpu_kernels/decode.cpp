@@ -1,4 +1,5 @@
-// One decode step: how the work is split into tasks, and how their results are merged.
+// One decode step: what each query head attends to, how that is split into tasks, and how their
+// results are merged.
 //
 // A task is (request, kv head, part). Parts depend on the request alone and their results merge in
 // one order, so that the output is the same for any number of threads, and any batch.
@@ -7,7 +8,7 @@
 #include <cmath>
 #include <limits>
 
-#include "kernels.h"
+#include "sample_lookup.h"
 
 namespace magicpig {
 namespace {
@@ -22,52 +23,40 @@ constexpr int kMaxStaticParts = 64;
 constexpr int kSampledPartTokens = 2048;
 constexpr int kMaxSampledParts = 32;
 
-struct TokenRange {
-  int begin, end;
-};
-
 int divide_up(int a, int b) { return (a + b - 1) / b; }
 
-/// reference.middle.
-TokenRange middle_of(int num_tokens, const SampleRule& rule) {
-  const int begin = std::min(rule.sink_tokens, num_tokens);
-  return {begin, std::max(begin, num_tokens - rule.window_tokens)};
-}
-
-/// What one request needs: its static rows (sink and window, or everything where exact), then the
-/// stretches of its middle.
+/// What one request needs: its static rows (sink and window, or everything where exact), then its
+/// middle in parts of so many tokens.
 struct Plan {
   const int32_t* blocks;
   int num_tokens;
   bool exact;
   TokenRange middle;  // empty where exact
-  std::vector<LshIndex::SegmentPtr> segments;
 
-  int num_static_rows() const { return num_tokens - (middle.end - middle.begin); }
+  int num_static_rows() const { return num_tokens - middle.size(); }
   int static_row(int i) const { return i < middle.begin ? i : i - middle.begin + middle.end; }
 
   int static_part_rows;
   int num_static_parts;
-  int sampled_part_tokens = 0;  // a multiple of the segment size
-  int first_sampled_part = 0;   // counted in sampled_part_tokens from token 0
+  int sampled_part_tokens = 0;
   int num_sampled_parts = 0;
 
   int num_parts() const { return num_static_parts + num_sampled_parts; }
   TokenRange sampled_part(int part) const {
-    const int begin = (first_sampled_part + part) * sampled_part_tokens;
+    const int begin = middle.begin + part * sampled_part_tokens;
     return {begin, std::min(begin + sampled_part_tokens, middle.end)};
   }
 };
 
-Plan make_plan(const Requests& requests, int request, const SampleRule* rule, int exact_below) {
+Plan make_plan(const Requests& requests, int request, const DecodeInput& input) {
   Plan plan;
   plan.blocks = requests.blocks(request);
   plan.num_tokens = requests.seq_lens[request];
   plan.exact = true;
   plan.middle = {plan.num_tokens, plan.num_tokens};
-  if (rule != nullptr) {
-    const TokenRange middle = middle_of(plan.num_tokens, *rule);
-    if (middle.end - middle.begin >= exact_below) {
+  if (input.sample != nullptr) {
+    const TokenRange middle = middle_of(plan.num_tokens, *input.sample->rule);
+    if (middle.size() >= input.exact_below) {
       plan.exact = false;
       plan.middle = middle;
     }
@@ -75,15 +64,9 @@ Plan make_plan(const Requests& requests, int request, const SampleRule* rule, in
   plan.static_part_rows =
       std::max(kStaticPartRows, divide_up(plan.num_static_rows(), kMaxStaticParts));
   plan.num_static_parts = divide_up(plan.num_static_rows(), plan.static_part_rows);
-  if (plan.middle.begin < plan.middle.end) {
-    const int stretch = rule->index->segment_tokens();
-    const int tokens = std::max(kSampledPartTokens, divide_up(plan.num_tokens, kMaxSampledParts));
-    plan.sampled_part_tokens = divide_up(tokens, stretch) * stretch;
-    plan.first_sampled_part = plan.middle.begin / plan.sampled_part_tokens;
-    plan.num_sampled_parts =
-        divide_up(plan.middle.end, plan.sampled_part_tokens) - plan.first_sampled_part;
-    plan.segments = rule->index->find(plan.blocks, plan.num_tokens);
-  }
+  plan.sampled_part_tokens =
+      std::max(kSampledPartTokens, divide_up(plan.middle.size(), kMaxSampledParts));
+  plan.num_sampled_parts = divide_up(plan.middle.size(), plan.sampled_part_tokens);
   return plan;
 }
 
@@ -93,101 +76,60 @@ struct Task {
   int part;
 };
 
-std::vector<Task> make_tasks(const std::vector<Plan>& plans, int num_kv_heads, bool with_static) {
-  std::vector<Task> tasks;
-  for (size_t r = 0; r < plans.size(); ++r)
-    for (int head = 0; head < num_kv_heads; ++head)
-      for (int part = with_static ? 0 : plans[r].num_static_parts; part < plans[r].num_parts();
-           ++part)
-        tasks.push_back({static_cast<int>(r), head, part});
-  return tasks;
-}
-
-/// What one thread needs for a lookup.
-struct Lookup {
-  std::vector<uint8_t> counters;
-  std::vector<uint32_t> words;
-  size_t head_stride = 0;
-
-  void reserve(int segment_tokens, int part_tokens, int group) {
-    counters.resize(static_cast<size_t>(segment_tokens));
-    head_stride = std::max(head_stride, static_cast<size_t>(part_tokens / kTileTokens));
-    words.resize(head_stride * static_cast<size_t>(group));
-  }
-};
-
-/// The tokens of a part that each query head of a group matches, as bits from part.begin on. A
-/// sealed stretch is counted by bucket, any other by comparing the codes in the pages. Bits outside
-/// the middle mean nothing.
-void look_up(const Pages& pages, const Plan& plan, int kv_head, TokenRange part,
-             const uint16_t* query_codes, int group, int min_matches, int stretch,
-             const Kernels& kernels, Lookup& lookup) {
-  const int block_size = pages.layout().block_size;
-  const int begin = std::max(part.begin, plan.middle.begin / kTileTokens * kTileTokens);
-  const auto bits_at = [&](int token) {
-    return MatchBits{lookup.words.data() + (token - part.begin) / kTileTokens, lookup.head_stride};
-  };
-  int token = begin;
-  while (token < part.end) {
-    const int start = token / stretch * stretch;
-    const size_t j = static_cast<size_t>(token / stretch);
-    if (j < plan.segments.size() && plan.segments[j]) {
-      kernels.match_segment(plan.segments[j]->view(kv_head), query_codes, group, min_matches,
-                            lookup.counters.data(), bits_at(start));
-      token = start + stretch;
-      continue;
-    }
-    const int block_end = token / block_size * block_size + block_size;
-    const int end = std::min(block_end, part.end);
-    kernels.match_tiles(pages.tile(plan.blocks[token / block_size], kv_head, token % block_size),
-                        divide_up(end - token, kTileTokens), pages.layout().num_tables, query_codes,
-                        group, min_matches, bits_at(token));
-    token = block_end;
-  }
-}
-
-/// Calls body(token) for each match of one head in the part and the middle, ascending.
-template <class Body>
-void for_each_match(const Plan& plan, TokenRange part, const Lookup& lookup, int head,
-                    const Body& body) {
-  const int begin = std::max(part.begin, plan.middle.begin);
-  const uint32_t* words = lookup.words.data() + static_cast<size_t>(head) * lookup.head_stride;
-  for (int start = begin / kTileTokens * kTileTokens; start < part.end; start += kTileTokens) {
-    uint32_t word = words[(start - part.begin) / kTileTokens];
-    if (start < begin) word &= ~uint32_t{0} << (begin - start);
-    if (part.end - start < kTileTokens) word &= (uint32_t{1} << (part.end - start)) - 1;
-    for (; word != 0; word &= word - 1) body(start + __builtin_ctz(word));
-  }
-}
-
 /// What a task leaves for the merge, per query head of its group.
 struct Partial {
   Softmax softmax;
   int32_t rows;
 };
 
+/// What one thread needs, kept from step to step.
+struct alignas(128) Scratch {
+  std::vector<const uint8_t*> rows;
+  std::vector<int> first_row;  // of each query head, and the end
+  uint64_t attention_ns = 0;
+};
+
+struct Workspace {
+  std::vector<Lookup::Scratch> lookup;
+  std::vector<Scratch> attention;
+  Arena arena;  // of the calling thread
+
+  void start(int num_threads) {
+    const size_t threads = static_cast<size_t>(num_threads);
+    if (lookup.size() < threads) lookup.resize(threads);
+    if (attention.size() < threads) attention.resize(threads);
+    arena.reset();
+    for (Lookup::Scratch& scratch : lookup) {
+      scratch.arena.reset();
+      scratch.lookup_ns = 0;
+    }
+    for (Scratch& scratch : attention) scratch.attention_ns = 0;
+  }
+};
+
 class Step {
  public:
   Step(const Pages& pages, const Requests& requests, const DecodeInput& input, Isa isa,
-       DecodeOutput& output)
+       DecodeOutput& output, Workspace& workspace)
       : pages_(pages),
+        requests_(requests),
         input_(input),
         output_(output),
         kernels_(kernels_of(isa)),
+        workspace_(workspace),
         group_(input.num_q_heads / pages.num_kv_heads()),
         head_size_(static_cast<size_t>(pages.layout().head_size)) {
-    const SampleRule* rule = input.sampled ? &input.rule : nullptr;
     size_t num_parts = 0;
     for (int r = 0; r < requests.size; ++r) {
-      plans_.push_back(make_plan(requests, r, rule, input.exact_below));
+      plans_.push_back(make_plan(requests, r, input));
       first_part_.push_back(num_parts);
       num_parts += static_cast<size_t>(plans_.back().num_parts() * pages.num_kv_heads());
-      for (const LshIndex::SegmentPtr& segment : plans_.back().segments)
-        output.unsealed_stretches += segment == nullptr;
+      for (int head = 0; head < pages.num_kv_heads(); ++head)
+        for (int part = 0; part < plans_.back().num_parts(); ++part)
+          tasks_.push_back({r, head, part});
     }
-    tasks_ = make_tasks(plans_, pages.num_kv_heads(), true);
-    partials_.reset(new Partial[num_parts * group_]);
-    acc_.reset(new float[num_parts * group_ * head_size_]);
+    partials_ = workspace.arena.take<Partial>(num_parts * group_);
+    acc_ = workspace.arena.take<float>(num_parts * group_ * head_size_);
     const size_t groups = static_cast<size_t>(requests.size * pages.num_kv_heads());
     parts_left_.reset(new std::atomic<int>[groups]);
     for (int r = 0; r < requests.size; ++r)
@@ -196,10 +138,13 @@ class Step {
   }
 
   void run(ThreadPool& pool) {
-    std::vector<Scratch> scratch(static_cast<size_t>(pool.num_threads()));
+    if (input_.sample != nullptr) {
+      look_up(pool);
+      weigh();
+    }
     pool.run(tasks_.size(), [&](size_t i, int thread) {
       const Task& task = tasks_[i];
-      run_task(task, scratch[static_cast<size_t>(thread)]);
+      run_task(task, workspace_.attention[static_cast<size_t>(thread)]);
       // The last part of a group to finish merges it; which thread that is changes nothing.
       const size_t index = group_index(task.request, task.kv_head);
       if (parts_left_[index].fetch_sub(1, std::memory_order_acq_rel) == 1)
@@ -208,27 +153,12 @@ class Step {
     for (size_t r = 0; r < plans_.size(); ++r)  // no token, no task
       if (plans_[r].num_parts() == 0)
         for (int head = 0; head < pages_.num_kv_heads(); ++head) merge(static_cast<int>(r), head);
-    for (const Scratch& s : scratch) {
-      output_.lookup_ns += s.lookup_ns;
-      output_.attention_ns += s.attention_ns;
-    }
+    for (const Lookup::Scratch& s : workspace_.lookup) output_.lookup_ns += s.lookup_ns;
+    for (const Scratch& s : workspace_.attention) output_.attention_ns += s.attention_ns;
   }
 
  private:
   using Clock = std::chrono::steady_clock;
-
-  static uint64_t nanoseconds(Clock::duration time) {
-    return static_cast<uint64_t>(
-        std::chrono::duration_cast<std::chrono::nanoseconds>(time).count());
-  }
-
-  struct alignas(128) Scratch {
-    Lookup lookup;
-    std::vector<const uint8_t*> rows;
-    std::vector<int> first_row;  // of each query head, and the end
-    uint64_t lookup_ns = 0;
-    uint64_t attention_ns = 0;
-  };
 
   size_t group_index(int request, int kv_head) const {
     return static_cast<size_t>(request * pages_.num_kv_heads() + kv_head);
@@ -243,6 +173,37 @@ class Step {
            group_;
   }
 
+  void look_up(ThreadPool& pool) {
+    std::vector<TokenRange> middles;
+    for (const Plan& plan : plans_) middles.push_back(plan.middle);
+    lookup_ = std::make_unique<Lookup>(pages_, requests_, middles, input_.num_q_heads,
+                                       *input_.sample, kernels_);
+    lookup_->run(pool, workspace_.lookup);
+    output_.unsealed_stretches = lookup_->unsealed_stretches();
+  }
+
+  /// How each query head's sample is weighted.
+  void weigh() {
+    const InclusionTable& table = *input_.sample->rule->table;
+    weightings_.reserve(plans_.size() * static_cast<size_t>(input_.num_q_heads));
+    for (size_t r = 0; r < plans_.size(); ++r)
+      for (int head = 0; head < input_.num_q_heads; ++head) {
+        const float* query = input_.query + weightings_.size() * head_size_;
+        const float* center = input_.center + static_cast<size_t>(head) / group_ * head_size_;
+        double norm = 0.0, dot = 0.0;
+        for (size_t d = 0; d < head_size_; ++d) {
+          norm += static_cast<double>(query[d]) * query[d];
+          dot += static_cast<double>(query[d]) * center[d];
+        }
+        const Threshold threshold = lookup_->view(static_cast<int>(r), head).threshold;
+        Weighting weighting = weighting_of(table, threshold);
+        weighting.center = center;
+        weighting.query_norm = static_cast<float>(std::sqrt(norm));
+        weighting.query_dot_center = static_cast<float>(dot);
+        weightings_.push_back(weighting);
+      }
+  }
+
   void run_task(const Task& task, Scratch& scratch) {
     const Plan& plan = plans_[task.request];
     Partial* partials = &partials_[partial_index(task)];
@@ -251,26 +212,15 @@ class Step {
     std::fill(acc, acc + group_ * head_size_, 0.0f);
 
     const Clock::time_point start = Clock::now();
-    Clock::time_point found = start;
     if (task.part < plan.num_static_parts) {
       attend_static(task, plan, partials, acc, scratch);
     } else {
-      const TokenRange part = plan.sampled_part(task.part - plan.num_static_parts);
-      const SampleRule& rule = input_.rule;
-      const int stretch = rule.index->segment_tokens();
-      const size_t num_tables = static_cast<size_t>(pages_.layout().num_tables);
-      scratch.lookup.reserve(stretch, plan.sampled_part_tokens, static_cast<int>(group_));
-      look_up(pages_, plan, task.kv_head, part,
-              rule.query_codes + first_query_head(task.request, task.kv_head) * num_tables,
-              static_cast<int>(group_), rule.min_matches, stretch, kernels_, scratch.lookup);
-      gather_rows(task, plan, part, scratch);
-      found = Clock::now();
+      gather_rows(task, plan, plan.sampled_part(task.part - plan.num_static_parts), scratch);
       for (size_t head = 0; head < group_; ++head)
         attend_sampled(task, head, partials[head], acc + head * head_size_, scratch);
     }
-    const Clock::time_point end = Clock::now();
-    scratch.lookup_ns += nanoseconds(found - start);
-    scratch.attention_ns += nanoseconds(end - found);
+    scratch.attention_ns += static_cast<uint64_t>(
+        std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count());
   }
 
   /// The whole group over a run of the static rows.
@@ -299,9 +249,12 @@ class Step {
     scratch.rows.clear();
     scratch.first_row.assign(1, 0);
     for (size_t head = 0; head < group_; ++head) {
-      for_each_match(plan, part, scratch.lookup, static_cast<int>(head), [&](int token) {
-        scratch.rows.push_back(pages_.row(plan.blocks, task.kv_head, token));
-      });
+      const SampleView& view = lookup_->view(
+          task.request, task.kv_head * static_cast<int>(group_) + static_cast<int>(head));
+      const int32_t* const end = view.positions + view.size;
+      const int32_t* token = std::lower_bound(view.positions, end, part.begin);
+      for (; token < end && *token < part.end; ++token)
+        scratch.rows.push_back(pages_.row(plan.blocks, task.kv_head, *token));
       scratch.first_row.push_back(static_cast<int>(scratch.rows.size()));
     }
   }
@@ -310,20 +263,12 @@ class Step {
   void attend_sampled(const Task& task, size_t head, Partial& partial, float* acc,
                       const Scratch& scratch) {
     AttendArgs args = attend_args(task, head);
-    const float* center = input_.center + static_cast<size_t>(task.kv_head) * head_size_;
-    double norm = 0.0, dot = 0.0;
-    for (size_t d = 0; d < head_size_; ++d) {
-      norm += static_cast<double>(args.queries[d]) * args.queries[d];
-      dot += static_cast<double>(args.queries[d]) * center[d];
-    }
-    const Weighting weighting = {input_.table, center, static_cast<float>(std::sqrt(norm)),
-                                 static_cast<float>(dot)};
     const int end = scratch.first_row[head + 1];
     args.rows = scratch.rows.data() + scratch.first_row[head];
     args.num_rows = end - scratch.first_row[head];
     args.num_rows_ahead = static_cast<int>(scratch.rows.size()) - end;
     args.num_heads = 1;
-    args.weighting = &weighting;
+    args.weighting = &weightings_[first_query_head(task.request, task.kv_head) + head];
     args.softmax = &partial.softmax;
     args.acc = acc;
     kernels_.attend(args);
@@ -375,70 +320,31 @@ class Step {
   }
 
   const Pages& pages_;
+  const Requests& requests_;
   const DecodeInput& input_;
   DecodeOutput& output_;
   const Kernels& kernels_;
+  Workspace& workspace_;
   const size_t group_;
   const size_t head_size_;
   std::vector<Plan> plans_;
   std::vector<size_t> first_part_;
   std::vector<Task> tasks_;
-  std::unique_ptr<Partial[]> partials_;
-  std::unique_ptr<float[]> acc_;
+  std::unique_ptr<Lookup> lookup_;
+  std::vector<Weighting> weightings_;  // [num_reqs][num_q_heads]
+  Partial* partials_;
+  float* acc_;
   std::unique_ptr<std::atomic<int>[]> parts_left_;
 };
 
 }  // namespace
 
-int middle_tokens(int num_tokens, const SampleRule& rule) {
-  const TokenRange middle = middle_of(num_tokens, rule);
-  return middle.end - middle.begin;
-}
-
-std::vector<std::vector<std::vector<int32_t>>> sample(const Requests& requests, int num_q_heads,
-                                                      const SampleRule& rule, Isa isa,
-                                                      ThreadPool& pool) {
-  const Pages& pages = rule.index->pages();
-  const int group = num_q_heads / pages.num_kv_heads();
-  const int stretch = rule.index->segment_tokens();
-  std::vector<Plan> plans;
-  for (int r = 0; r < requests.size; ++r) plans.push_back(make_plan(requests, r, &rule, 0));
-  const std::vector<Task> tasks = make_tasks(plans, pages.num_kv_heads(), false);
-
-  std::vector<std::vector<std::vector<int32_t>>> found(tasks.size());  // [task][head of group]
-  std::vector<Lookup> lookups(static_cast<size_t>(pool.num_threads()));
-  pool.run(tasks.size(), [&](size_t i, int thread) {
-    const Task& task = tasks[i];
-    const Plan& plan = plans[task.request];
-    const TokenRange part = plan.sampled_part(task.part - plan.num_static_parts);
-    const size_t query_head =
-        static_cast<size_t>(task.request) * num_q_heads + task.kv_head * group;
-    Lookup& lookup = lookups[static_cast<size_t>(thread)];
-    lookup.reserve(stretch, plan.sampled_part_tokens, group);
-    look_up(pages, plan, task.kv_head, part,
-            rule.query_codes + query_head * static_cast<size_t>(pages.layout().num_tables), group,
-            rule.min_matches, stretch, kernels_of(isa), lookup);
-    found[i].resize(static_cast<size_t>(group));
-    for (int head = 0; head < group; ++head)
-      for_each_match(plan, part, lookup, head,
-                     [&](int token) { found[i][static_cast<size_t>(head)].push_back(token); });
-  });
-
-  std::vector<std::vector<std::vector<int32_t>>> result(
-      plans.size(), std::vector<std::vector<int32_t>>(static_cast<size_t>(num_q_heads)));
-  for (size_t i = 0; i < tasks.size(); ++i) {
-    for (int head = 0; head < group; ++head) {
-      const std::vector<int32_t>& part = found[i][static_cast<size_t>(head)];
-      std::vector<int32_t>& all = result[tasks[i].request][tasks[i].kv_head * group + head];
-      all.insert(all.end(), part.begin(), part.end());
-    }
-  }
-  return result;
-}
-
 void decode_attention(const Pages& pages, const Requests& requests, const DecodeInput& input,
                       DecodeOutput& output, Isa isa, ThreadPool& pool) {
-  Step(pages, requests, input, isa, output).run(pool);
+  // Per calling thread: steps of several threads may be under way at once.
+  static thread_local Workspace workspace;
+  workspace.start(pool.num_threads());
+  Step(pages, requests, input, isa, output, workspace).run(pool);
 }
 
 }  // namespace magicpig

@@ -2,7 +2,8 @@
 //
 // log u falls like t K log p towards p = 0, where no table can follow it, so the table holds what
 // is left, g(p) = log u(p) - t K log p, which is smooth from g(0) = log C(L, t) to g(1) = 0. The
-// kernel computes log u = g(p) + t K log p. Its error has three parts:
+// kernel computes log u = g(p) + t K log p, and from the tables of t and t + 1 what a share of the
+// tokens at the threshold makes of it (Threshold). The error of log u has three parts:
 // - linear interpolation: h^2 / 8 max|g''| with h = 1/8192. g'' is largest where u leaves the power
 //   law, about t K / (p * width) with a width of 2 / K: below 300 for (K, L, t) = (10, 150, 2) and
 //   800 for (15, 255, 2), hence below 6e-7 and 1.5e-6;
@@ -13,7 +14,8 @@
 //   (p near 1 has no finer floats); below 0, p = acos(-cosine) / pi keeps its relative precision.
 //   With t K = 20 that is 2.4e-6 at p = 0.5.
 // Together below 1e-5 max(1, |log u|) as long as t K is below about 80. Beyond, the last part
-// dominates: up to 6e-8 t K (1.5e-4 at K = 10, t = L = 255).
+// dominates: 6e-8 t K / p (1.5e-4 at p = 1, K = 10, t = L = 255). The mixture's logarithm lies
+// between those of t and t + 1, and so does its error.
 #include <cmath>
 #include <limits>
 
@@ -22,52 +24,54 @@
 namespace magicpig {
 namespace {
 
-/// log of the sum over k in [begin, end) of the binomial pmf, divided by x^t. log x^t is added only
-/// as (k - t) log x, so that x = 0 needs no special case beyond 0 * -inf.
-double log_pmf_sum(int num_tables, int begin, int end, int t, double log_x, double log_rest) {
-  std::vector<double> terms;
-  double largest = -std::numeric_limits<double>::infinity();
-  for (int k = begin; k < end; ++k) {
-    const double log_choose =
-        std::lgamma(num_tables + 1.0) - std::lgamma(k + 1.0) - std::lgamma(num_tables - k + 1.0);
-    const double successes = k == t ? 0.0 : (k - t) * log_x;
-    const double failures = k == num_tables ? 0.0 : (num_tables - k) * log_rest;
-    terms.push_back(log_choose + successes + failures);
-    largest = terms.back() > largest ? terms.back() : largest;
-  }
-  if (!std::isfinite(largest)) return largest;
-  double sum = 0.0;
-  for (double term : terms) sum += std::exp(term - largest);
-  return largest + std::log(sum);
-}
-
-double g_of(double p, int num_bits, int num_tables, int t) {
-  if (p >= 1.0) return 0.0;
-  const double log_x = num_bits * std::log(p);
-  const double log_rest = std::log1p(-std::exp(log_x));
-  // The upper tail loses its relative precision as log u nears 0; there u is 1 - lower tail.
-  if (p > 0.0) {
-    const double log_lower = log_pmf_sum(num_tables, 0, t, 0, log_x, log_rest);
-    if (log_lower < std::log(0.5)) return std::log1p(-std::exp(log_lower)) - t * log_x;
-  }
-  return log_pmf_sum(num_tables, t, num_tables + 1, t, log_x, log_rest);
+double log_add(double a, double b) {
+  const double larger = a > b ? a : b;
+  if (!std::isfinite(larger)) return larger;
+  return larger + std::log1p(std::exp((a > b ? b : a) - larger));
 }
 
 }  // namespace
 
-InclusionTable::InclusionTable(int num_bits_, int num_tables_, int min_matches_)
-    : num_bits(num_bits_),
-      num_tables(num_tables_),
-      min_matches(min_matches_),
-      power(static_cast<float>(min_matches_ * num_bits_)),
-      g(kIntervals + 1) {
-  for (int i = 0; i <= kIntervals; ++i)
-    g[static_cast<size_t>(i)] = static_cast<float>(
-        g_of(static_cast<double>(i) / kIntervals, num_bits, num_tables, min_matches));
+InclusionTable::InclusionTable(int num_bits, int num_tables)
+    : num_bits_(num_bits),
+      num_tables_(num_tables),
+      g_(static_cast<size_t>(num_tables + 2) * (kIntervals + 1)) {
+  const size_t num_t = static_cast<size_t>(num_tables) + 2;
+  std::vector<double> log_choose(num_t), upper(num_t), lower(num_t);
+  for (int k = 0; k <= num_tables; ++k)
+    log_choose[k] =
+        std::lgamma(num_tables + 1.0) - std::lgamma(k + 1.0) - std::lgamma(num_tables - k + 1.0);
+  const double nothing = -std::numeric_limits<double>::infinity();
+  for (int i = 0; i <= kIntervals; ++i) {
+    const double p = static_cast<double>(i) / kIntervals;
+    const double log_x = num_bits * std::log(p);
+    const double log_rest = i == kIntervals ? nothing : std::log1p(-std::exp(log_x));
+    const auto failures = [&](int k) {
+      return k == num_tables ? 0.0 : (num_tables - k) * log_rest;
+    };
+    // upper[t] = log(P[c >= t] / x^t), from above; no x^t is divided by, so that x = 0 is no
+    // special case. lower[t] = log P[c < t], from below.
+    upper[num_t - 1] = nothing;
+    for (int t = num_tables; t >= 0; --t)
+      upper[t] = log_add(log_choose[t] + failures(t),
+                         std::isfinite(upper[t + 1]) ? log_x + upper[t + 1] : nothing);
+    lower[0] = nothing;
+    for (int t = 1; t <= num_tables; ++t)
+      lower[t] = log_add(lower[t - 1],
+                         log_choose[t - 1] + (t == 1 ? 0.0 : (t - 1) * log_x) + failures(t - 1));
+    for (int t = 0; t <= num_tables; ++t) {
+      // The upper tail loses its relative precision as log u nears 0; there u is 1 - lower tail.
+      const bool near_one = i > 0 && lower[t] < std::log(0.5);
+      const double value = near_one ? std::log1p(-std::exp(lower[t])) - t * log_x : upper[t];
+      g_[static_cast<size_t>(t) * (kIntervals + 1) + i] = static_cast<float>(value);
+    }
+    g_[static_cast<size_t>(num_tables + 1) * (kIntervals + 1) + i] = -1e4f;
+  }
 }
 
-void log_u(const InclusionTable& table, const float* cosine, size_t size, float* out, Isa isa) {
-  kernels_of(isa).log_u(table, cosine, size, out);
+void log_u(const InclusionTable& table, Threshold threshold, const float* cosine, size_t size,
+           float* out, Isa isa) {
+  kernels_of(isa).log_u(weighting_of(table, threshold), cosine, size, out);
 }
 
 }  // namespace magicpig

@@ -5,19 +5,43 @@
 
 namespace magicpig {
 
-/// A set of tokens: bit i of word w of a head is token 32 w + i.
-struct MatchBits {
-  uint32_t* words;
+/// Tokens that a group of query heads matches, relative to a first one.
+///
+/// Scores are uint8, so that 32 fit a vector: a token's number of equal tables, less score_bias(L)
+/// and at least 0. Only L = 256 has a bias, and there 0 and 1 matches are one score.
+struct Matches {
+  uint32_t* words;     // bit i of word w of a head: token 32 w + i
   size_t head_stride;  // words from one head to the next
+  uint8_t* scores;     // of the tokens whose bits are set, in their order; null: not wanted
+  size_t score_stride;
+  size_t* num_scores;  // [num_heads], counted on
 };
 
-/// How the rows of a sample are weighted; all of one query head.
+/// How the rows of a sample are weighted; all of one query head. See Threshold.
 struct Weighting {
-  const InclusionTable* table;
+  const float* g_at;     // InclusionTable::g(threshold.matches)
+  const float* g_above;  // and of one match more
+  float power_at;        // what multiplies log p beside g_at
+  float num_bits;        // and how much more beside g_above
+  float fraction;
   const float* center;  // [head_size]
   float query_norm;
   float query_dot_center;
 };
+
+/// Without what only the caller knows: the centre and the query's norms.
+inline Weighting weighting_of(const InclusionTable& table, Threshold threshold) {
+  const int t = threshold.matches;
+  const float bits = static_cast<float>(table.num_bits());
+  return {table.g(t),
+          table.g(t + 1),
+          static_cast<float>(t) * bits,
+          bits,
+          threshold.fraction,
+          nullptr,
+          0.0f,
+          0.0f};
+}
 
 /// The running softmax of one query head over the rows seen so far.
 struct Softmax {
@@ -44,14 +68,20 @@ struct AttendArgs {
 struct Kernels {
   void (*pack_codes)(const float* projections, size_t num_rows, int num_tables, int num_bits,
                      uint16_t* codes);
-  void (*log_u)(const InclusionTable& table, const float* cosine, size_t size, float* out);
-  /// Tokens of a segment with at least min_matches equal codes. query_codes: [num_heads][L].
-  /// counters: [segment_tokens], zero on entry and on return.
+  void (*log_u)(const Weighting& weighting, const float* cosine, size_t size, float* out);
+  /// Tokens of a segment that reach each head's lowest score. query_codes: [num_heads][L]; lowest:
+  /// [num_heads]; counters: [segment_tokens], zero on entry and on return.
   void (*match_segment)(const SegmentView& segment, const uint16_t* query_codes, int num_heads,
-                        int min_matches, uint8_t* counters, MatchBits bits);
+                        const uint8_t* lowest, uint8_t* counters, const Matches& matches);
   /// The same from the codes themselves: tiles [num_tiles][L][32].
   void (*match_tiles)(const uint16_t* tiles, int num_tiles, int num_tables,
-                      const uint16_t* query_codes, int num_heads, int min_matches, MatchBits bits);
+                      const uint16_t* query_codes, int num_heads, const uint8_t* lowest,
+                      const Matches& matches);
+  /// The same where a table is one bit: tiles and query_codes hold num_words words of 16 tables.
+  /// `ahead` is as long as tiles, and fetched into the cache.
+  void (*match_signatures)(const uint16_t* tiles, const uint16_t* ahead, int num_tiles,
+                           int num_words, const uint16_t* query_codes, int num_heads,
+                           const uint8_t* lowest, const Matches& matches);
   /// Adds rows to the running softmax of each head.
   void (*attend)(const AttendArgs& args);
 };

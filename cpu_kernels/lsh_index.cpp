@@ -141,7 +141,7 @@ std::shared_ptr<Segment> LshIndex::allocate(const Stretch& stretch) const {
   segment->sources = stretch;
   segment->segment_tokens = segment_tokens_;
   segment->num_buckets = 1 << num_bits_;
-  segment->num_tables = pages_.layout().num_tables;
+  segment->num_tables = pages_.layout().code_words;
 
   size_t bytes =
       pages_.num_kv_heads() * (segment->ids_size() + segment->offsets_size()) * sizeof(uint16_t);

@@ -63,23 +63,26 @@ class ThreadPool {
 
 enum class RowType { float32, bfloat16, float16 };
 
-/// Codes lie in tiles of this many tokens: [token / 32][L][32], so that a scan is sequential.
+/// Codes lie in tiles of this many tokens: [token / 32][word][32], so that a scan is sequential.
 constexpr int kTileTokens = 32;
 
 /// A chunk is what one kv head has in one block: rows [block_size][K | V][head_size], then codes
-/// [block_size / 32][L][32] uint16.
+/// [block_size / 32][code_words][32] uint16.
+///
+/// A token's code words are its L table codes; with K = 1, where a table holds one bit, its
+/// signature: L / 16 words of 16 tables each. Pages without codes have none.
 struct PageLayout {
   RowType row_type;
   int block_size;
   int head_size;
-  int num_tables;  // L, or 0 for pages without codes
+  int code_words;
 
   size_t element_bytes() const { return row_type == RowType::float32 ? 4 : 2; }
   size_t row_bytes() const { return 2 * static_cast<size_t>(head_size) * element_bytes(); }
   size_t codes_offset() const { return static_cast<size_t>(block_size) * row_bytes(); }
-  size_t tile_codes() const { return static_cast<size_t>(num_tables) * kTileTokens; }
+  size_t tile_codes() const { return static_cast<size_t>(code_words) * kTileTokens; }
   size_t chunk_bytes() const {
-    return codes_offset() + static_cast<size_t>(block_size) * static_cast<size_t>(num_tables) * 2;
+    return codes_offset() + static_cast<size_t>(block_size) * static_cast<size_t>(code_words) * 2;
   }
 };
 
@@ -109,7 +112,7 @@ class Pages {
     return chunk(blocks[token / layout_.block_size], kv_head) +
            static_cast<size_t>(token % layout_.block_size) * layout_.row_bytes();
   }
-  /// Codes of the tile [L][32] that holds `offset` of a block.
+  /// Codes of the tile [code_words][32] that holds `offset` of a block.
   uint16_t* tile(int block, int kv_head, int offset) const {
     return reinterpret_cast<uint16_t*>(chunk(block, kv_head) + layout_.codes_offset()) +
            static_cast<size_t>(offset / kTileTokens) * layout_.tile_codes();
@@ -119,7 +122,7 @@ class Pages {
   /// its tokens. Notes the writes before any byte changes.
   void store_rows(RowsView key, RowsView value, const int64_t* slots, size_t num_tokens,
                   ThreadPool& pool);
-  /// codes: [num_tokens][num_kv_heads][L].
+  /// codes: [num_tokens][num_kv_heads][code_words].
   void store_codes(const uint16_t* codes, const int64_t* slots, size_t num_tokens,
                    ThreadPool& pool);
   void load_codes(const int64_t* slots, size_t num_tokens, uint16_t* codes) const;
@@ -286,51 +289,101 @@ class LshIndex {
 // ------------------------------------------------------- inclusion probability
 // (inclusion_table.cpp)
 
-/// log u over the collision probability p; inclusion_table.cpp derives the error.
-struct InclusionTable {
+/// log u over the collision probability p, for every number of matches t; inclusion_table.cpp
+/// derives the error.
+class InclusionTable {
+ public:
   static constexpr int kIntervals = 8192;
   /// reference.LOG_U_FLOOR.
   static constexpr float kFloor = -80.0f;
 
-  InclusionTable(int num_bits, int num_tables, int min_matches);
+  InclusionTable(int num_bits, int num_tables);
 
-  int num_bits;
-  int num_tables;
-  int min_matches;
-  float power;           // min_matches * K
-  std::vector<float> g;  // [kIntervals + 1]: log u(p) - power * log p at p = i / kIntervals
+  int num_bits() const { return num_bits_; }
+  int num_tables() const { return num_tables_; }
+  /// Code words of a token: one per table, or one per 16 where a table is a bit (PageLayout).
+  int code_words() const { return num_bits_ == 1 ? num_tables_ / kBitsPerWord : num_tables_; }
+  /// Bits that a code word uses.
+  int word_bits() const { return num_bits_ == 1 ? kBitsPerWord : num_bits_; }
+
+  /// [kIntervals + 1]: log P[Binomial(L, p^K) >= t] - t K log p at p = i / kIntervals, for t in
+  /// [0, L + 1]; far below any logarithm that counts for t = L + 1, which never happens.
+  const float* g(int t) const { return &g_[static_cast<size_t>(t) * (kIntervals + 1)]; }
+
+  static constexpr int kBitsPerWord = 16;
+
+ private:
+  int num_bits_;
+  int num_tables_;
+  std::vector<float> g_;
 };
 
-void log_u(const InclusionTable& table, const float* cosine, size_t size, float* out, Isa isa);
+/// Matches that a uint8 score leaves out (kernels.h).
+inline int score_bias(int num_tables) { return num_tables > 255 ? num_tables - 255 : 0; }
 
-// --------------------------------------------------------------------------- decode (decode.cpp)
+/// Which tokens are in a sample: all that match in more than `matches` tables, and this fraction of
+/// those that match in just as many. The marginal probability of that is what a token is weighted
+/// by, u = (1 - fraction) P[c > matches] + fraction P[c >= matches].
+struct Threshold {
+  int matches;
+  float fraction;  // in (0, 1]
+};
 
-/// Which tokens a query head samples: those of the middle that match in min_matches tables.
+void log_u(const InclusionTable& table, Threshold threshold, const float* cosine, size_t size,
+           float* out, Isa isa);
+
+// --------------------------------------------------------------------- lookup (sample_lookup.cpp)
+
+/// Which tokens of the middle a query head samples: those that match in min_matches tables, or as
+/// many of them as row_budget allows, best matches first.
 struct SampleRule {
-  const LshIndex* index;
-  const uint16_t* query_codes;  // [num_reqs][num_q_heads][L]
+  const InclusionTable* table;
   int min_matches;
   int sink_tokens;
   int window_tokens;
+  double row_budget;  // at most this fraction of the middle, 0: no limit
+  uint64_t seed;      // of the choice among tokens that match equally well
+
+  /// Rows that one head may take of a middle, INT32_MAX without a limit; source:
+  /// reference.row_limit.
+  int row_limit(int middle_tokens) const;
+};
+
+/// Positions [begin, end) of a request.
+struct TokenRange {
+  int begin, end;
+
+  int size() const { return end - begin; }
 };
 
 /// Tokens between sinks and window; source: reference.middle.
-int middle_tokens(int num_tokens, const SampleRule& rule);
+TokenRange middle_of(int num_tokens, const SampleRule& rule);
 
-/// Ascending positions, [request][query head].
-std::vector<std::vector<std::vector<int32_t>>> sample(const Requests& requests, int num_q_heads,
-                                                      const SampleRule& rule, Isa isa,
-                                                      ThreadPool& pool);
+struct SampleInput {
+  const SampleRule* rule;
+  const LshIndex* index;        // null: every token is compared by code
+  const uint16_t* query_codes;  // [num_reqs][num_q_heads][code_words]
+};
+
+struct HeadSample {
+  std::vector<int32_t> positions;  // ascending
+  Threshold threshold;
+};
+
+/// [request][query head].
+std::vector<std::vector<HeadSample>> sample(const Pages& pages, const Requests& requests,
+                                            int num_q_heads, const SampleInput& input, Isa isa,
+                                            ThreadPool& pool);
+
+// --------------------------------------------------------------------------- decode (decode.cpp)
 
 struct DecodeInput {
   const float* query;  // [num_reqs][num_q_heads][head_size]
   int num_q_heads;
   float scale;
-  bool sampled;  // false: all requests exactly, and the rest is unused
   int exact_below;
-  SampleRule rule;
-  const InclusionTable* table;
-  const float* center;  // [num_kv_heads][head_size]
+  const SampleInput* sample;  // null: all requests exactly
+  const float* center;        // [num_kv_heads][head_size], where sampled
 };
 
 struct DecodeOutput {

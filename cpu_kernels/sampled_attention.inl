@@ -63,27 +63,46 @@ inline Vec collision_probability(Vec cosine) {
   return select(less(cosine, broadcast(0.0f)), turn, broadcast(1.0f) - turn);
 }
 
-/// log u at these cosines; see inclusion_table.cpp.
-inline Vec log_inclusion(const float* g, float power, Vec cosine) {
+/// A value between the entries of a table over p.
+struct Interpolation {
+  IntVec index;
+  Vec fraction;
+};
+inline Interpolation interpolation_at(Vec p) {
   const float intervals = InclusionTable::kIntervals;
-  const Vec p = collision_probability(cosine);
   // NaN becomes 0 here: the index stays inside the table whatever the rows hold.
   const Vec at = minimum(maximum(p * broadcast(intervals), broadcast(0.0f)), broadcast(intervals));
   const IntVec index = truncate(minimum(at, broadcast(intervals - 1)));
-  const Vec low = gather(g, index);
-  const Vec high = gather(g + 1, index);
-  const Vec interpolated = multiply_add(at - to_float(index), high - low, low);
+  return {index, at - to_float(index)};
+}
+inline Vec interpolate(const float* g, Interpolation at) {
+  const Vec low = gather(g, at.index);
+  const Vec high = gather(g + 1, at.index);
+  return multiply_add(at.fraction, high - low, low);
+}
+
+/// log u at these cosines; see Threshold and inclusion_table.cpp.
+inline Vec log_inclusion(const Weighting& w, Vec cosine) {
+  const Vec p = collision_probability(cosine);
+  const Interpolation at = interpolation_at(p);
   const Vec log_p = log_of(maximum(p, broadcast(1e-30f)));
-  const Vec sum = multiply_add(broadcast(power), log_p, interpolated);
+  const Vec g = interpolate(w.g_at, at);
+  Vec sum = multiply_add(broadcast(w.power_at), log_p, g);
+  if (w.fraction < 1.0f) {
+    // log(fraction + (1 - fraction) P[c > t] / P[c >= t])
+    const Vec more = multiply_add(broadcast(w.num_bits), log_p, interpolate(w.g_above, at) - g);
+    const Vec ratio = exp_of_negative(minimum(more, broadcast(0.0f)));
+    sum = sum + log_of(multiply_add(broadcast(1.0f - w.fraction), ratio, broadcast(w.fraction)));
+  }
   return maximum(sum, broadcast(InclusionTable::kFloor));
 }
 
-void log_u(const InclusionTable& table, const float* cosine, size_t size, float* out) {
+void log_u(const Weighting& weighting, const float* cosine, size_t size, float* out) {
   float padded[kLanes] = {};
   for (size_t i = 0; i < size; i += kLanes) {
     const size_t lanes = size - i < kLanes ? size - i : kLanes;
     memcpy(padded, cosine + i, lanes * sizeof(float));
-    store(padded, log_inclusion(table.g.data(), table.power, load(padded)));
+    store(padded, log_inclusion(weighting, load(padded)));
     memcpy(out + i, padded, lanes * sizeof(float));
   }
 }
@@ -147,10 +166,36 @@ inline void count(Run run, uint8_t* counters) {
   for (; i < run.size; ++i) ++counters[run.ids[i]];
 }
 
+/// Appends the scores of a tile's matches.
+inline void add_scores(uint32_t word, const uint8_t* scores, int head, const Matches& matches) {
+  uint8_t* const begin = matches.scores + head * matches.score_stride;
+  size_t size = matches.num_scores[head];
+  for (; word != 0; word &= word - 1) begin[size++] = scores[__builtin_ctz(word)];
+  matches.num_scores[head] = size;
+}
+
+/// Turns the counters of one head into matches, and to zero.
+inline void collect(uint8_t* counters, int num_tokens, uint8_t lowest, int head,
+                    const Matches& matches) {
+  uint32_t* words = matches.words + head * matches.head_stride;
+  if (matches.scores == nullptr) {
+    for (int i = 0; i < num_tokens; i += kTileTokens)
+      words[i / kTileTokens] = take_at_least(counters + i, lowest);
+    return;
+  }
+  for (int i = 0; i < num_tokens; i += kTileTokens) {
+    uint8_t scores[kTileTokens];
+    memcpy(scores, counters + i, kTileTokens);
+    const uint32_t word = take_at_least(counters + i, lowest);
+    words[i / kTileTokens] = word;
+    if (word != 0) add_scores(word, scores, head, matches);
+  }
+}
+
 /// The probes of all heads form one sequence (head-major), so that prefetching never pauses:
 /// offsets kOffsetsAhead probes ahead, ids kIdsAhead ahead.
 void match_segment(const SegmentView& s, const uint16_t* query_codes, int num_heads,
-                   int min_matches, uint8_t* counters, MatchBits bits) {
+                   const uint8_t* lowest, uint8_t* counters, const Matches& matches) {
   constexpr int kIdsAhead = 16;  // a power of two: the ring of runs
   constexpr int kOffsetsAhead = 64;
   const int num_tables = s.num_tables;
@@ -178,44 +223,88 @@ void match_segment(const SegmentView& s, const uint16_t* query_codes, int num_he
     if (probe < 0) continue;
     count(current, counters);
     if (++table == num_tables) {
-      uint32_t* words = bits.words + head * bits.head_stride;
-      for (int i = 0; i < s.segment_tokens; i += kTileTokens)
-        words[i / kTileTokens] = take_at_least(counters + i, min_matches);
+      collect(counters, s.segment_tokens, lowest[head], head, matches);
       table = 0;
       ++head;
     }
   }
 }
 
+inline void add_tile(Tile16 scores, int tile, uint8_t lowest, int head, const Matches& matches) {
+  const uint32_t word = at_least(scores, lowest);
+  matches.words[head * matches.head_stride + tile] = word;
+  if (matches.scores == nullptr || word == 0) return;
+  uint8_t bytes[kTileTokens];
+  store_bytes(bytes, scores);
+  add_scores(word, bytes, head, matches);
+}
+
 template <int kHeads>
-inline void match_tile(const uint16_t* tile, int num_tables, const uint16_t* query_codes,
-                       int min_matches, uint32_t* word, size_t head_stride) {
+inline void match_tile(const uint16_t* tile, int index, int num_tables, const uint16_t* query_codes,
+                       int head, const uint8_t* lowest, const Matches& matches) {
   Tile16 counts[kHeads];
   for (int h = 0; h < kHeads; ++h) counts[h] = zero_tile();
   for (int l = 0; l < num_tables; ++l) {
     const Tile16 codes = load_tile(tile + l * kTileTokens);
     for (int h = 0; h < kHeads; ++h)
-      counts[h] = count_equal(counts[h], codes, query_codes[h * num_tables + l]);
+      counts[h] = count_equal(counts[h], codes, query_codes[(head + h) * num_tables + l]);
   }
-  for (int h = 0; h < kHeads; ++h) word[h * head_stride] = at_least(counts[h], min_matches);
+  for (int h = 0; h < kHeads; ++h) add_tile(counts[h], index, lowest[head + h], head + h, matches);
 }
 
 void match_tiles(const uint16_t* tiles, int num_tiles, int num_tables, const uint16_t* query_codes,
-                 int num_heads, int min_matches, MatchBits bits) {
+                 int num_heads, const uint8_t* lowest, const Matches& matches) {
   for (int i = 0; i < num_tiles; ++i) {
     const uint16_t* tile = tiles + static_cast<size_t>(i) * num_tables * kTileTokens;
     int head = 0;
-    const auto codes_of = [&] { return query_codes + head * num_tables; };
-    const auto word_of = [&] { return bits.words + head * bits.head_stride + i; };
     for (; head + 4 <= num_heads; head += 4)
-      match_tile<4>(tile, num_tables, codes_of(), min_matches, word_of(), bits.head_stride);
-    if (head + 2 <= num_heads) {
-      match_tile<2>(tile, num_tables, codes_of(), min_matches, word_of(), bits.head_stride);
-      head += 2;
-    }
-    if (head < num_heads)
-      match_tile<1>(tile, num_tables, codes_of(), min_matches, word_of(), bits.head_stride);
+      match_tile<4>(tile, i, num_tables, query_codes, head, lowest, matches);
+    for (; head + 2 <= num_heads; head += 2)
+      match_tile<2>(tile, i, num_tables, query_codes, head, lowest, matches);
+    if (head < num_heads) match_tile<1>(tile, i, num_tables, query_codes, head, lowest, matches);
   }
+}
+
+constexpr int kMaxWords = 16;  // of a signature
+
+/// The query words of kHeads heads are spread over whole tiles first: a broadcast from memory for
+/// each would cost as much as the popcount.
+template <int kHeads>
+inline void match_signatures_of(const uint16_t* tiles, const uint16_t* ahead, int num_tiles,
+                                int num_words, const uint16_t* query_codes, int head,
+                                const uint8_t* lowest, const Matches& matches) {
+  Tile16 query[kMaxWords][kHeads];
+  for (int w = 0; w < num_words; ++w)
+    for (int h = 0; h < kHeads; ++h)
+      query[w][h] = broadcast_tile(query_codes[(head + h) * num_words + w]);
+  const int num_bits = num_words * 16;
+  const int most = smaller(num_bits, 255);
+  const size_t tile_words = static_cast<size_t>(num_words) * kTileTokens;
+  for (int i = 0; i < num_tiles; ++i) {
+    const uint16_t* tile = tiles + i * tile_words;
+    Tile16 differing[kHeads];
+    for (int h = 0; h < kHeads; ++h) differing[h] = zero_tile();
+    for (int w = 0; w < num_words; ++w) {
+      prefetch(ahead + i * tile_words + w * kTileTokens);
+      const Tile16 words = load_tile(tile + w * kTileTokens);
+      for (int h = 0; h < kHeads; ++h)
+        differing[h] = add_differing_bits(differing[h], words, query[w][h]);
+    }
+    for (int h = 0; h < kHeads; ++h)
+      add_tile(scores_of_differing(differing[h], most), i, lowest[head + h], head + h, matches);
+  }
+}
+
+void match_signatures(const uint16_t* tiles, const uint16_t* ahead, int num_tiles, int num_words,
+                      const uint16_t* query_codes, int num_heads, const uint8_t* lowest,
+                      const Matches& matches) {
+  int head = 0;
+  for (; head + 4 <= num_heads; head += 4)
+    match_signatures_of<4>(tiles, ahead, num_tiles, num_words, query_codes, head, lowest, matches);
+  for (; head + 2 <= num_heads; head += 2)
+    match_signatures_of<2>(tiles, ahead, num_tiles, num_words, query_codes, head, lowest, matches);
+  if (head < num_heads)
+    match_signatures_of<1>(tiles, ahead, num_tiles, num_words, query_codes, head, lowest, matches);
 }
 
 // -------------------------------------------------------------------------------------- attention
@@ -289,7 +378,7 @@ inline void softmax_step(const AttendArgs& args, int num_rows, Logits& logits, f
       const Weighting& w = *args.weighting;
       const Vec norm = broadcast(w.query_norm) * square_root(load(logits.centred_norm + i));
       const Vec cosine = select(less(broadcast(0.0f), norm), logit / norm, broadcast(0.0f));
-      const Vec log_u_of_row = log_inclusion(w.table->g.data(), w.table->power, cosine);
+      const Vec log_u_of_row = log_inclusion(w, cosine);
       logit = multiply_add(logit + broadcast(w.query_dot_center), broadcast(args.scale),
                            broadcast(0.0f) - log_u_of_row);
     } else {

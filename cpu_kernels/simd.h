@@ -119,6 +119,36 @@ inline Tile16 load_tile(const uint16_t* p) {
   const __m256i* v = reinterpret_cast<const __m256i*>(p);
   return {_mm256_loadu_si256(v), _mm256_loadu_si256(v + 1)};
 }
+inline Tile16 broadcast_tile(uint16_t x) {
+  const __m256i v = _mm256_set1_epi16(static_cast<short>(x));
+  return {v, v};
+}
+/// Adds, in any form, the number of bits in which words and query differ; at most 16 times.
+inline __m256i add_differing_bits(__m256i sums, __m256i words, __m256i query) {
+  const __m256i bits_of_nibble = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0,
+                                                  1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+  const __m256i nibble = _mm256_set1_epi8(15);
+  const __m256i x = _mm256_xor_si256(words, query);
+  const __m256i low = _mm256_and_si256(x, nibble);
+  const __m256i high = _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble);
+  return _mm256_add_epi8(sums, _mm256_add_epi8(_mm256_shuffle_epi8(bits_of_nibble, low),
+                                               _mm256_shuffle_epi8(bits_of_nibble, high)));
+}
+inline Tile16 add_differing_bits(Tile16 sums, Tile16 words, Tile16 query) {
+  return {add_differing_bits(sums.low, words.low, query.low),
+          add_differing_bits(sums.high, words.high, query.high)};
+}
+/// most - the sums of add_differing_bits, at least 0.
+inline Tile16 scores_of_differing(Tile16 sums, int most) {
+  // Here the two bytes of a token were summed apart.
+  const __m256i low_byte = _mm256_set1_epi16(255);
+  const __m256i m = _mm256_set1_epi16(static_cast<short>(most));
+  const __m256i low =
+      _mm256_add_epi16(_mm256_and_si256(sums.low, low_byte), _mm256_srli_epi16(sums.low, 8));
+  const __m256i high =
+      _mm256_add_epi16(_mm256_and_si256(sums.high, low_byte), _mm256_srli_epi16(sums.high, 8));
+  return {_mm256_subs_epu16(m, low), _mm256_subs_epu16(m, high)};
+}
 /// counts + 1 where codes == code.
 inline Tile16 count_equal(Tile16 counts, Tile16 codes, uint16_t code) {
   const __m256i c = _mm256_set1_epi16(static_cast<short>(code));
@@ -130,10 +160,16 @@ inline uint32_t at_least(__m256i counts, int threshold) {
   const __m256i reached = _mm256_cmpeq_epi8(_mm256_max_epu8(counts, t), counts);
   return static_cast<uint32_t>(_mm256_movemask_epi8(reached));
 }
+inline __m256i bytes_of(Tile16 counts) {
+  return _mm256_permute4x64_epi64(_mm256_packus_epi16(counts.low, counts.high), 0xd8);
+}
 /// Bit i: counts[i] >= threshold; both at most 255.
 inline uint32_t at_least(Tile16 counts, int threshold) {
-  const __m256i bytes = _mm256_packus_epi16(counts.low, counts.high);
-  return at_least(_mm256_permute4x64_epi64(bytes, 0xd8), threshold);
+  return at_least(bytes_of(counts), threshold);
+}
+/// counts as bytes; at most 255 each.
+inline void store_bytes(uint8_t* p, Tile16 counts) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bytes_of(counts));
 }
 /// The same of 32 byte counters, which are set to zero.
 inline uint32_t take_at_least(uint8_t* counters, int threshold) {
@@ -268,6 +304,29 @@ inline Tile16 load_tile(const uint16_t* p) {
   Tile16 tile;
   memcpy(tile.v, p, sizeof tile.v);
   return tile;
+}
+inline Tile16 broadcast_tile(uint16_t x) {
+  Tile16 tile;
+  for (int i = 0; i < 32; ++i) tile.v[i] = x;
+  return tile;
+}
+inline Tile16 add_differing_bits(Tile16 sums, const Tile16& words, const Tile16& query) {
+  for (int i = 0; i < 32; ++i) {
+    uint32_t x = words.v[i] ^ query.v[i];
+    x = x - (x >> 1 & 0x5555);
+    x = (x & 0x3333) + (x >> 2 & 0x3333);
+    x = (x + (x >> 4)) & 0x0f0f;
+    sums.v[i] = static_cast<uint16_t>(sums.v[i] + ((x + (x >> 8)) & 0x1f));
+  }
+  return sums;
+}
+inline Tile16 scores_of_differing(Tile16 sums, int most) {
+  for (int i = 0; i < 32; ++i)
+    sums.v[i] = static_cast<uint16_t>(sums.v[i] < most ? most - sums.v[i] : 0);
+  return sums;
+}
+inline void store_bytes(uint8_t* p, const Tile16& counts) {
+  for (int i = 0; i < 32; ++i) p[i] = static_cast<uint8_t>(counts.v[i]);
 }
 inline Tile16 count_equal(Tile16 counts, Tile16 codes, uint16_t code) {
   for (int i = 0; i < 32; ++i)

@@ -202,15 +202,12 @@ class StreamLayer : public std::enable_shared_from_this<StreamLayer> {
 
   struct Parts {
     Pages* pages;
-    LshIndex* index;              // null in exact mode
-    const InclusionTable* table;  // likewise
+    const SampleRule* rule;  // null in exact mode
+    LshIndex* index;         // null where all tokens are compared by code
     DecodeExchange exchange;
     std::shared_ptr<HostCallbacks> callbacks;
     SegmentBuilder* builder;  // null: no segments are built
     float scale;
-    int min_matches;
-    int sink_tokens;
-    int window_tokens;
     int exact_below;  // at least 1
     Isa isa;
     ThreadPool* pool;
@@ -238,7 +235,6 @@ class StreamLayer : public std::enable_shared_from_this<StreamLayer> {
   void note_chunks(const StepContents& contents, bool with_codes);
   void decode(const StepContents& contents, const float* center);
   void store(const StepContents& contents, bool with_codes);
-  SampleRule rule() const;
   void ask_for_segments(const Requests& requests);
   void record(const StepContents& contents, const std::vector<int32_t>& rows,
               const StreamCounters& times);

@@ -122,10 +122,11 @@ void StreamLayer::decode(const StepContents& contents, const float* center) {
   input.num_q_heads = exchange.num_q_heads;
   input.scale = parts_.scale;
   input.exact_below = parts_.exact_below;
-  input.sampled = center != nullptr;
-  input.rule = rule();
-  input.table = parts_.table;
-  input.center = center;
+  const SampleInput sample = {parts_.rule, parts_.index, exchange.query_codes};
+  if (center != nullptr) {
+    input.sample = &sample;
+    input.center = center;
+  }
   std::vector<float> lse(num_heads);
   std::vector<int32_t> rows(num_heads);
   DecodeOutput output = {};
@@ -154,10 +155,10 @@ void StreamLayer::store(const StepContents& contents, bool with_codes) {
   const size_t num_decodes = contents.decode_slots.size();
   if (with_codes) {
     const size_t size =
-        static_cast<size_t>(exchange.num_q_heads) * static_cast<size_t>(pages.layout().num_tables);
+        static_cast<size_t>(exchange.num_q_heads) * static_cast<size_t>(pages.layout().code_words);
     for (size_t i = 0; i < num_decodes; ++i)
       if (slots[i] >= 0)
-        check_query_codes(exchange.query_codes + i * size, size, parts_.index->num_bits());
+        check_query_codes(exchange.query_codes + i * size, size, parts_.rule->table->word_bits());
   }
   const ptrdiff_t head = static_cast<ptrdiff_t>(pages.layout().row_bytes() / 2);
   const ptrdiff_t token = head * pages.num_kv_heads();
@@ -166,17 +167,12 @@ void StreamLayer::store(const StepContents& contents, bool with_codes) {
   if (with_codes) parts_.pages->store_codes(exchange.key_codes, slots, num_decodes, *parts_.pool);
 }
 
-SampleRule StreamLayer::rule() const {
-  return {parts_.index, parts_.exchange.query_codes, parts_.min_matches, parts_.sink_tokens,
-          parts_.window_tokens};
-}
-
 /// Only requests that are long enough to be sampled are worth an index.
 void StreamLayer::ask_for_segments(const Requests& requests) {
-  if (parts_.builder == nullptr) return;
+  if (parts_.builder == nullptr || parts_.index == nullptr) return;
   std::vector<int32_t> seq_lens(requests.seq_lens, requests.seq_lens + requests.size);
   for (int32_t& seq_len : seq_lens)
-    if (middle_tokens(seq_len, rule()) < parts_.exact_below) seq_len = 0;
+    if (middle_of(seq_len, *parts_.rule).size() < parts_.exact_below) seq_len = 0;
   std::vector<LshIndex::Stretch> missing =
       parts_.index->missing({requests.tables, requests.stride, seq_lens.data(), requests.size});
   if (!missing.empty() || parts_.index->may_hold_stale())
@@ -191,7 +187,8 @@ void StreamLayer::record(const StepContents& contents, const std::vector<int32_t
   for (size_t i = 0; i < contents.decode_slots.size(); ++i) {
     if (contents.decode_slots[i] < 0) continue;
     real = true;
-    const int middle = middle_tokens(contents.seq_lens[i], rule());
+    const int middle =
+        parts_.rule == nullptr ? 0 : middle_of(contents.seq_lens[i], *parts_.rule).size();
     const size_t num_heads = static_cast<size_t>(parts_.exchange.num_q_heads);
     for (size_t head = i * num_heads; head < (i + 1) * num_heads; ++head) {
       if (rows[head] < 0) {

@@ -136,9 +136,9 @@ def host_bytes_per_block(config: Mapping[str, Any], options: MagicPigOptions) ->
 
     sparse = sum(not options.is_dense(layer) for layer in range(config["num_hidden_layers"]))
     heads, head_size = config["num_key_value_heads"], config["head_dim"]
-    pages = capacity.host_block_bytes(sparse, heads, head_size, 2, options.num_tables, BLOCK_SIZE)
+    pages = capacity.host_block_bytes(sparse, heads, head_size, 2, options.code_words, BLOCK_SIZE)
     return pages + capacity.index_bytes_per_block(
-        sparse, heads, options.K, options.num_tables, BLOCK_SIZE, SEGMENT_TOKENS
+        sparse, heads, options.K, options.indexed_tables, BLOCK_SIZE, SEGMENT_TOKENS
     )
 
 

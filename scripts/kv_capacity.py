@@ -201,10 +201,10 @@ def capacity_row(
         capacity.default_host_bytes(host_gib * GIB, ranks),
         capacity.device_kv_bytes(card_gib * GIB, model.weight_bytes),
         capacity.host_block_bytes(
-            sparse, heads, head_size, itemsize, options.num_tables, block_size
+            sparse, heads, head_size, itemsize, options.code_words, block_size
         ),
         capacity.index_bytes_per_block(
-            sparse, heads, options.K, options.num_tables, block_size, SEGMENT_TOKENS
+            sparse, heads, options.K, options.indexed_tables, block_size, SEGMENT_TOKENS
         ),
         block_bytes(model, options, block_size),
     )
@@ -234,11 +234,11 @@ def heading(
         model.num_kv_heads,
         model.head_size,
         model.itemsize,
-        options.num_tables,
+        options.code_words,
         block_size,
     )
     index = capacity.index_bytes_per_block(
-        sparse, model.num_kv_heads, options.K, options.num_tables, block_size, SEGMENT_TOKENS
+        sparse, model.num_kv_heads, options.K, options.indexed_tables, block_size, SEGMENT_TOKENS
     )
     per_rank = "" if ranks == 1 else f", each of {ranks} ranks"
     return (

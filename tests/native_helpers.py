@@ -51,9 +51,24 @@ class Rule:
     min_matches: int = 2
     sink_tokens: int = 4
     window_tokens: int = 16
+    row_budget: float = 0.0
+    seed: int = 0
 
-    def native(self) -> dict[str, int]:
-        return vars(self)
+    def native(self, num_bits: int, num_tables: int) -> _C.SampleRule:
+        return _C.SampleRule(inclusion_table(num_bits, num_tables), **vars(self))
+
+
+@functools.cache
+def inclusion_table(num_bits: int, num_tables: int) -> _C.InclusionTable:
+    return _C.InclusionTable(num_bits, num_tables)
+
+
+def native_codes(codes: torch.Tensor, num_bits: int) -> npt.NDArray[np.uint16]:
+    """Integer [..., L] as pages and kernels hold them: with K = 1, 16 tables to a word."""
+    if num_bits == 1:
+        bits = codes.unflatten(-1, (-1, 16))
+        codes = (bits << torch.arange(16)).sum(-1)
+    return codes.contiguous().numpy().astype(np.uint16)
 
 
 @dataclass
@@ -70,16 +85,19 @@ class Layer:
     dtype: torch.dtype = torch.float32
     memory: npt.NDArray[np.uint8] = field(init=False)
     pages: _C.Pages = field(init=False)
-    index: _C.LshIndex = field(init=False)
+    index: _C.LshIndex | None = field(init=False)
 
     def __post_init__(self) -> None:
         name = str(self.dtype).removeprefix("torch.")
-        size = _C.Pages.chunk_bytes(name, self.block_size, self.head_size, self.num_tables)
+        words = self.num_tables // 16 if self.num_bits == 1 else self.num_tables
+        size = _C.Pages.chunk_bytes(name, self.block_size, self.head_size, words)
         # Poison: what was never written must never show. And 2 bytes more than needed, so that no
         # chunk but the first is aligned.
         self.memory = np.full((self.num_blocks, self.num_kv_heads, size + 2), 0xA5, np.uint8)
-        self.pages = _C.Pages(self.memory, name, self.block_size, self.head_size, self.num_tables)
-        self.index = _C.LshIndex(self.pages, self.num_bits, self.segment_tokens)
+        self.pages = _C.Pages(self.memory, name, self.block_size, self.head_size, words)
+        self.index = None  # K = 1 has no buckets
+        if self.num_bits > 1:
+            self.index = _C.LshIndex(self.pages, self.num_bits, self.segment_tokens)
 
     def slots(self, blocks: npt.ArrayLike, start: int, stop: int) -> npt.NDArray[np.int64]:
         tokens = np.arange(start, stop)
@@ -89,8 +107,7 @@ class Layer:
     def store_codes(self, blocks: npt.ArrayLike, start: int, codes: torch.Tensor) -> None:
         """codes: integer [num_kv_heads, num_tokens, L]."""
         slots = self.slots(blocks, start, start + codes.shape[1])
-        native = codes.transpose(0, 1).contiguous().numpy().astype(np.uint16)
-        self.pages.store_codes(native, slots, pool())
+        self.pages.store_codes(native_codes(codes.transpose(0, 1), self.num_bits), slots, pool())
 
     def store_rows(
         self, blocks: npt.ArrayLike, start: int, keys: torch.Tensor, values: torch.Tensor
@@ -108,17 +125,20 @@ class Layer:
         rule: Rule,
         isa: _C.Isa,
         num_threads: int = 2,
+        scan: bool = False,
     ) -> list[list[npt.NDArray[np.int32]]]:
-        """query_codes: integer [num_reqs, num_q_heads, L]."""
-        return _C.sample(
-            self.index,
-            query_codes.numpy().astype(np.uint16),
+        """query_codes: integer [num_reqs, num_q_heads, L]; scan: without the index."""
+        samples = _C.sample(
+            self.pages,
+            rule.native(self.num_bits, self.num_tables),
+            None if scan else self.index,
+            native_codes(query_codes, self.num_bits),
             np.asarray(block_tables, np.int32),
             np.asarray(seq_lens, np.int32),
             isa=isa,
             pool=pool(num_threads),
-            **rule.native(),
         )
+        return [[positions for positions, _, _ in heads] for heads in samples]
 
 
 def expected_sample(

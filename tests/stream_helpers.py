@@ -135,7 +135,8 @@ class Decoded:
     def rows(self, request: int, rule: Rule) -> torch.Tensor:
         """bool [num_q_heads, n]: the reference's sample."""
         codes = self.held[request].codes
-        return reference.sample(self.query_codes[request], codes, **rule.native())
+        sink, window = rule.sink_tokens, rule.window_tokens
+        return reference.sample(self.query_codes[request], codes, rule.min_matches, sink, window)
 
     def expected(self, request: int, rule: Rule, exact_below: int) -> torch.Tensor:
         held, query, native = self.held[request], self.query[request], self.layer.layer
@@ -152,7 +153,9 @@ class Decoded:
             self.layer.center,
             native.num_bits,
             native.num_tables,
-            **rule.native(),
+            [(rule.min_matches, 1.0)] * len(query),
+            rule.sink_tokens,
+            rule.window_tokens,
         )[0]
 
 
@@ -196,7 +199,7 @@ class World:
     def settings(self) -> dict[str, object]:
         size = self.buffers.query.shape[-1]
         settings = {"scale": size**-0.5, "exact_below": self.exact_below, "isa": self.isa}
-        return {**settings, "pool": pool(), **self.rule.native()}
+        return {**settings, "pool": pool()}
 
     def _streamed(
         self, layer: Layer, builder: _C.SegmentBuilder | None, seed: int
@@ -204,8 +207,8 @@ class World:
         bits, tables = layer.num_bits, layer.num_tables
         native = _C.StreamLayer(
             layer.pages,
+            self.rule.native(bits, tables),
             layer.index,
-            _C.InclusionTable(bits, tables, self.rule.min_matches),
             self.exchange,
             self.callbacks,
             builder,

@@ -37,7 +37,7 @@ def test_dense_layers_are_a_set_of_indices() -> None:
 def test_exact_mode_samples_nothing_and_stores_no_codes() -> None:
     options = parse(K=0)
     assert options.is_exact
-    assert options.num_tables == 0
+    assert options.code_words == 0
     assert not options.samples(1 << 20)
 
 

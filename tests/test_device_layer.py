@@ -56,7 +56,7 @@ class Model:
         self.buffers = DeviceBuffers(
             device, options, {shape}, max_reqs=MAX_REQS, max_tokens=4096, max_blocks=NUM_BLOCKS
         )
-        token_bytes = content_bytes(HEAD_SIZE, dtype.itemsize, options.num_tables)
+        token_bytes = content_bytes(HEAD_SIZE, dtype.itemsize, options.code_words)
         layer_bytes = NUM_BLOCKS * KV_HEADS * BLOCK_SIZE * token_bytes
         self.pool = HostPool(device, [layer_bytes] * num_layers, [0], lambda done, total: None)
         isa, threads = _C.resolve_isa("auto"), _C.ThreadPool([0, 0])
@@ -186,7 +186,8 @@ class Model:
         window = options.sink_tokens, options.window_tokens
         mask = reference.sample(query_codes, key_codes, options.min_matches, *window)
         out, _ = reference.sampled_attention(
-            query, keys, values, SCALE, mask, center, options.K, options.L, options.min_matches,
+            query, keys, values, SCALE, mask, center, options.K, options.L,
+            [(options.min_matches, 1.0)] * len(mask),
             *window,
         )  # fmt: skip
         return out

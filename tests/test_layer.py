@@ -27,11 +27,11 @@ class Layer:
 
     def __init__(self, dtype: torch.dtype = torch.float32, source: str = "first_prompt") -> None:
         torch.manual_seed(0)
-        width = content_bytes(HEAD_SIZE, dtype.itemsize, OPTIONS.num_tables) // dtype.itemsize
+        width = content_bytes(HEAD_SIZE, dtype.itemsize, OPTIONS.code_words) // dtype.itemsize
         kv_cache = torch.zeros(NUM_BLOCKS, KV_HEADS, BLOCK_SIZE, width, dtype=dtype)
         self.dtype = dtype
         self.isa, self.pool = _C.resolve_isa("auto"), _C.ThreadPool([0, 0])
-        self.pages = HostPages(kv_cache, HEAD_SIZE, OPTIONS.num_tables)
+        self.pages = HostPages(kv_cache, HEAD_SIZE, OPTIONS.code_words)
         self.center = KeyCenter(source, 3, 0, KV_HEADS)
         self.center.prepare(HEAD_SIZE)
         self.projection = Projection(OPTIONS, 3, HEAD_SIZE, self.isa, self.pool)
@@ -87,7 +87,7 @@ class Layer:
         )
         out, _ = reference.sampled_attention(
             query, keys, values, 0.125, mask, self.center.value, OPTIONS.K, OPTIONS.L,
-            OPTIONS.min_matches, OPTIONS.sink_tokens, OPTIONS.window_tokens,
+            [(OPTIONS.min_matches, 1.0)] * len(mask), OPTIONS.sink_tokens, OPTIONS.window_tokens,
         )  # fmt: skip
         return out, mask
 

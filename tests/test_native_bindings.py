@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from native_helpers import pool
+from native_helpers import Rule, inclusion_table, pool
 
 from vllm_magicpig import _C
 
@@ -25,13 +25,14 @@ def make_pages(**changes: Any) -> _C.Pages:
         "row_dtype": "float32",
         "block_size": 32,
         "head_size": 16,
-        "num_tables": 4,
+        "code_words": 4,
     }
     return _C.Pages(**{**arguments, **changes})
 
 
 PAGES = make_pages()
 INDEX = _C.LshIndex(PAGES, 3, 32)
+TABLE = inclusion_table(3, 4)
 
 
 def read_only(array: np.ndarray) -> np.ndarray:
@@ -74,13 +75,12 @@ def seal(**changes: Any) -> int:
 
 def sample(**changes: Any) -> list[list[np.ndarray]]:
     arguments: dict[str, Any] = {
+        "pages": PAGES,
+        "rule": Rule().native(3, 4),
         "index": INDEX,
         "query_codes": zeros(2, 4, 4, dtype=np.uint16),
         "block_tables": TABLES,
         "seq_lens": LENS,
-        "min_matches": 2,
-        "sink_tokens": 4,
-        "window_tokens": 16,
         "isa": ISA,
         "pool": pool(),
     }
@@ -90,8 +90,8 @@ def sample(**changes: Any) -> list[list[np.ndarray]]:
 def decode(**changes: Any) -> tuple[np.ndarray, int, int]:
     arguments: dict[str, Any] = {
         "pages": PAGES,
+        "rule": Rule().native(3, 4),
         "index": INDEX,
-        "table": _C.InclusionTable(3, 4, 2),
         "query": zeros(2, 4, 16),
         "query_codes": zeros(2, 4, 4, dtype=np.uint16),
         "center": zeros(2, 16),
@@ -100,9 +100,6 @@ def decode(**changes: Any) -> tuple[np.ndarray, int, int]:
         "out": zeros(2, 4, 16),
         "lse": zeros(2, 4),
         "scale": 0.25,
-        "min_matches": 2,
-        "sink_tokens": 4,
-        "window_tokens": 16,
         "exact_below": 0,
         "isa": ISA,
         "pool": pool(),
@@ -116,7 +113,7 @@ def test_the_good_calls_that_the_bad_ones_vary() -> None:
     assert seal() == 4
     assert [len(heads) for heads in sample()] == [4, 4]
     assert decode()[0].shape == (2, 4)
-    nothing = {"index": None, "table": None, "query_codes": None, "center": None}
+    nothing = {"rule": None, "index": None, "query_codes": None, "center": None}
     assert decode(**nothing)[0].tolist() == [[-1] * 4] * 2
     # Only whole rows of block tables need to be contiguous.
     assert seal(block_tables=np.repeat(TABLES, 2, axis=0)[::2]) == 4
@@ -132,7 +129,7 @@ def test_zero_of_everything() -> None:
     assert decode(**none, **empty, query_codes=codes)[0].shape == (0, 4)
     no_tokens = {"block_tables": np.zeros((2, 0), np.int32), "seq_lens": np.zeros(2, np.int32)}
     assert seal(**no_tokens) == 0
-    assert [[ids.size for ids in heads] for heads in sample(**no_tokens)] == [[0] * 4] * 2
+    assert [[ids.size for ids, _, _ in heads] for heads in sample(**no_tokens)] == [[0] * 4] * 2
     out, lse = np.ones((2, 4, 16), np.float32), zeros(2, 4)
     decode(**no_tokens, out=out, lse=lse)
     assert not out.any()
@@ -166,9 +163,9 @@ LAYOUTS = [
     (make_pages, {"block_size": 0}, "block_size is 0"),
     (make_pages, {"head_size": 12}, "12"),
     (make_pages, {"head_size": 264}, "264"),
-    (make_pages, {"num_tables": 256}, "256"),
-    (make_pages, {"num_tables": -1}, "-1"),
-    (make_pages, {"num_tables": 5}, f"{CHUNK} bytes.*{CHUNK + 64}"),
+    (make_pages, {"code_words": 256}, "256"),
+    (make_pages, {"code_words": -1}, "-1"),
+    (make_pages, {"code_words": 5}, f"{CHUNK} bytes.*{CHUNK + 64}"),
     (make_pages, {"memory": zeros(6, 2, CHUNK)}, "memory is float32"),
     (make_pages, {"memory": zeros(6, CHUNK, dtype=np.uint8)}, r"memory has shape \(6,"),
     (make_pages, {"memory": zeros(6, 0, CHUNK, dtype=np.uint8)}, "num_kv_heads is 0"),
@@ -193,10 +190,9 @@ RULES = [
     ({"query_codes": np.full((2, 4, 4), 8, np.uint16)}, "query_codes holds 8"),
     ({"query_codes": zeros(2, 4, 5, dtype=np.uint16)}, r"query_codes has shape \(2, 4, 5\)"),
     ({"query_codes": zeros(2, 4, 4, dtype=np.int32)}, "query_codes is int32"),
-    ({"min_matches": 0}, "min_matches is 0"),
-    ({"min_matches": 5}, "min_matches is 5"),
-    ({"sink_tokens": -1}, "sink_tokens is -1"),
-    ({"window_tokens": -1}, "window_tokens is -1"),
+    ({"rule": Rule().native(3, 5)}, r"\(3, 5\), which take 5 code words"),
+    ({"rule": Rule().native(4, 4)}, "rule is for K = 4, but the index for K = 3"),
+    ({"index": _C.LshIndex(make_pages(), 3, 32)}, "index belongs to other pages"),
     ({"isa": _C.Isa.avx512}, "isa is avx512"),
 ]
 DECODES = [
@@ -215,11 +211,9 @@ DECODES = [
     ({"lse": zeros(2, 4, 1)}, r"lse has shape \(2, 4, 1\)"),
     ({"lse": zeros(2, 8)[:, ::2]}, "lse .*not C-contiguous"),
     ({"exact_below": -1}, "exact_below is -1"),
-    ({"table": None}, "3 are given"),
-    ({"index": None, "table": None}, "2 are given"),
-    ({"table": _C.InclusionTable(3, 4, 1)}, r"\(3, 4, 1\).*\(3, 4, 2\)"),
-    ({"table": _C.InclusionTable(4, 4, 2)}, r"\(4, 4, 2\).*\(3, 4, 2\)"),
-    ({"index": _C.LshIndex(make_pages(), 3, 32)}, "index belongs to other pages"),
+    ({"rule": None}, "2 are given"),
+    ({"center": None}, "2 are given"),
+    ({"rule": None, "query_codes": None, "center": None}, "index is given without a rule"),
     ({"scale": float("nan")}, "scale is nan"),
 ]
 OTHERS = [
@@ -230,8 +224,8 @@ OTHERS = [
     (lambda: _C.LshIndex(PAGES, 3, 48), {}, "segment_tokens is 48"),
     (lambda: _C.LshIndex(PAGES, 3, 0), {}, "segment_tokens is 0"),
     (lambda: _C.LshIndex(PAGES, 3, 65_568), {}, "segment_tokens is 65568"),
-    (lambda: _C.LshIndex(make_pages(num_tables=0), 3, 32), {}, "num_tables = 0"),
-    (lambda: make_pages(num_tables=0).load_codes(zeros(1, dtype=np.int64)), {}, "num_tables = 0"),
+    (lambda: _C.LshIndex(make_pages(code_words=0), 3, 32), {}, "code_words = 0"),
+    (lambda: make_pages(code_words=0).load_codes(zeros(1, dtype=np.int64)), {}, "code_words = 0"),
     (lambda: PAGES.load_codes(np.array([3, -1], np.int64)), {}, r"slots\[1\] is -1"),
     (lambda: PAGES.load_codes(np.array([192], np.int64)), {}, r"slots\[0\] is 192"),
     (lambda: PAGES.epoch(6), {}, "block is 6"),
@@ -240,15 +234,25 @@ OTHERS = [
     (lambda: INDEX.count_sealed(TABLES[0], 129), {}, "num_tokens is 129"),
     (lambda: INDEX.count_sealed(TABLES[0], -1), {}, "num_tokens is -1"),
     (lambda: INDEX.count_sealed(TABLES, 1), {}, "block_table has shape"),
-    (lambda: _C.InclusionTable(0, 4, 1), {}, "num_bits is 0"),
-    (lambda: _C.InclusionTable(3, 256, 1), {}, "num_tables is 256"),
-    (lambda: _C.InclusionTable(3, 4, 5), {}, "min_matches is 5"),
-    (lambda: _C.InclusionTable(3, 4, 1).log_u(zeros(2, 2), ISA), {}, r"cosine has shape \(2, 2\)"),
-    (lambda: _C.InclusionTable(3, 4, 1).log_u(zeros(2), _C.Isa.avx512), {}, "isa is avx512"),
+    (lambda: _C.InclusionTable(0, 4), {}, "num_bits is 0"),
+    (lambda: _C.InclusionTable(3, 256), {}, "num_tables is 256"),
+    (lambda: _C.InclusionTable(1, 272), {}, "num_tables is 272"),
+    (lambda: _C.InclusionTable(1, 120), {}, "num_tables is 120, .* multiple of 16"),
+    (lambda: TABLE.log_u(zeros(2, 2), 1, 1.0, ISA), {}, r"cosine has shape \(2, 2\)"),
+    (lambda: TABLE.log_u(zeros(2), 5, 1.0, ISA), {}, "min_matches is 5"),
+    (lambda: TABLE.log_u(zeros(2), 1, 0.0, ISA), {}, "fraction is 0"),
+    (lambda: TABLE.log_u(zeros(2), 1, float("nan"), ISA), {}, "fraction is nan"),
+    (lambda: Rule(min_matches=0).native(3, 4), {}, "min_matches is 0"),
+    (lambda: Rule(min_matches=5).native(3, 4), {}, "min_matches is 5"),
+    (lambda: Rule(min_matches=1).native(1, 256), {}, "min_matches is 1"),
+    (lambda: Rule(sink_tokens=-1).native(3, 4), {}, "sink_tokens is -1"),
+    (lambda: Rule(window_tokens=-1).native(3, 4), {}, "window_tokens is -1"),
+    (lambda: Rule(row_budget=1.01).native(3, 4), {}, "row_budget is 1.01"),
+    (lambda: Rule(row_budget=float("nan")).native(3, 4), {}, "row_budget is nan"),
     (lambda: _C.pack_codes(zeros(2, 9), 4, ISA, pool()), {}, "projections has 9 columns"),
     (lambda: _C.pack_codes(zeros(2, 0), 4, ISA, pool()), {}, "num_tables is 0"),
     (lambda: _C.pack_codes(zeros(2, 256), 1, ISA, pool()), {}, "num_tables is 256"),
-    (lambda: _C.pack_codes(zeros(2, 8), 16, ISA, pool()), {}, "num_bits is 16"),
+    (lambda: _C.pack_codes(zeros(2, 17), 17, ISA, pool()), {}, "num_bits is 17"),
     (lambda: _C.pack_codes(zeros(8), 4, ISA, pool()), {}, r"projections has shape \(8\)"),
 ]
 BAD = [

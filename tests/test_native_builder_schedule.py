@@ -41,8 +41,8 @@ class StreamEngine(Engine):
         rule = Rule()
         self.native = _C.StreamLayer(
             self.layer.pages,
+            rule.native(2, 6),
             self.layer.index,
-            _C.InclusionTable(2, 6, rule.min_matches),
             Buffers.like(self.layer, 4).native(),
             self.callbacks,
             self.builder,
@@ -50,7 +50,6 @@ class StreamEngine(Engine):
             exact_below=0,
             isa=_C.resolve_isa("auto"),
             pool=pool(),
-            **rule.native(),
         )
         self.native.set_center(np.zeros((2, 16), np.float32))
         self.busy = Busy(driver, self.builder, segment_tokens=1024)

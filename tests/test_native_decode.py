@@ -13,7 +13,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from native_helpers import Layer, Rule, each_isa, isa_or_none, pool
+from native_helpers import Layer, Rule, each_isa, isa_or_none, native_codes, pool
 
 from vllm_magicpig import _C, reference
 
@@ -74,15 +74,12 @@ class Batch:
         out = np.full(self.query.shape, np.nan, np.float32)
         lse = np.full(self.query.shape[:2], np.nan, np.float32)
         sampled = rule is not None
-        rule = rule or Rule()
         rows, lookup_ns, attention_ns = _C.decode_attention(
             layer.pages,
+            rule.native(layer.num_bits, layer.num_tables) if rule else None,
             layer.index if sampled else None,
-            _C.InclusionTable(layer.num_bits, layer.num_tables, rule.min_matches)
-            if sampled
-            else None,
             self.query.numpy(),
-            self.query_codes.numpy().astype(np.uint16) if sampled else None,
+            native_codes(self.query_codes, layer.num_bits) if sampled else None,
             self.center.numpy() if sampled else None,
             self.tables,
             np.array(self.lengths, np.int32),
@@ -92,7 +89,6 @@ class Batch:
             exact_below=exact_below,
             isa=isa,
             pool=pool(num_threads),
-            **rule.native(),
         )
         assert lookup_ns >= 0
         assert attention_ns > 0 or sum(self.lengths) == 0
@@ -123,7 +119,7 @@ class Batch:
             self.center,
             layer.num_bits,
             layer.num_tables,
-            rule.min_matches,
+            [(rule.min_matches, 1.0)] * len(sampled),
             rule.sink_tokens,
             rule.window_tokens,
         )

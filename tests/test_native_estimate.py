@@ -94,8 +94,8 @@ def test_sums_over_the_sample_are_unbiased(setting: tuple[int, int, int]) -> Non
     lse = np.empty((NUM_SEEDS, 1), np.float32)
     _C.decode_attention(
         trials.layer.pages,
+        trials.rule.native(*setting[:2]),
         trials.layer.index,
-        _C.InclusionTable(*setting),
         trials.query.expand(NUM_SEEDS, 1, HEAD_SIZE).numpy().copy(),
         trials.query_codes.numpy().astype(np.uint16),
         np.zeros((1, HEAD_SIZE), np.float32),
@@ -107,7 +107,6 @@ def test_sums_over_the_sample_are_unbiased(setting: tuple[int, int, int]) -> Non
         exact_below=0,
         isa=trials.isa,
         pool=pool(),
-        **trials.rule.native(),
     )
     denominator = np.exp(lse.astype(np.float64))
     sums = np.concatenate([denominator, denominator * out[:, 0]], axis=1)

@@ -79,7 +79,7 @@ def test_random_codes_at_every_growth_step(isa: _C.Isa, segment_tokens: int, gro
 
 
 @each_isa
-@pytest.mark.parametrize("setting", [(10, 150), (1, 255), (15, 3), (4, 1)], ids=str)
+@pytest.mark.parametrize("setting", [(10, 150), (2, 255), (15, 3), (4, 1)], ids=str)
 @pytest.mark.parametrize("block_size", [32, 128])
 def test_settings_and_block_sizes(isa: _C.Isa, setting: tuple[int, int], block_size: int) -> None:
     num_bits, num_tables = setting

@@ -29,8 +29,8 @@ def decode_directly(world: World, index: int, requests: list[Request]) -> tuple[
     out = np.full(decoded.query.shape, np.nan, np.float32)
     lse = np.zeros(decoded.query.shape[:2], np.float32)
     codes = decoded.query_codes.numpy().astype(np.uint16)
-    table = _C.InclusionTable(native.num_bits, native.num_tables, world.rule.min_matches)
-    sampled = (native.index, table, decoded.query.numpy(), codes, layer.center.numpy())
+    rule = world.rule.native(native.num_bits, native.num_tables)
+    sampled = (rule, native.index, decoded.query.numpy(), codes, layer.center.numpy())
     exact = (None, None, decoded.query.numpy(), None, None)
     arguments = sampled if decoded.sampled else exact
     settings = {**world.settings(), "exact_below": max(world.exact_below, 1)}
@@ -171,7 +171,7 @@ def test_exact_mode_needs_neither_codes_nor_index(driver: FakeDriver) -> None:
     world.step(requests)
     world.check()
     assert layer.counters.exact_heads == 2 * world.num_q_heads
-    with pytest.raises(ValueError, match="no index"):
+    with pytest.raises(ValueError, match="no rule"):
         layer.set_center(np.zeros((2, 16), np.float32))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from native_helpers import pool
+from native_helpers import Rule, pool
 from stream_helpers import CPUS
 
 from vllm_magicpig import _C
@@ -24,9 +24,9 @@ def read_only(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def make_pages(row_dtype: str = "float32", num_tables: int = 4) -> _C.Pages:
-    chunk = _C.Pages.chunk_bytes(row_dtype, 32, 16, num_tables)
-    return _C.Pages(zeros(6, 2, chunk, dtype=np.uint8), row_dtype, 32, 16, num_tables)
+def make_pages(row_dtype: str = "float32", code_words: int = 4) -> _C.Pages:
+    chunk = _C.Pages.chunk_bytes(row_dtype, 32, 16, code_words)
+    return _C.Pages(zeros(6, 2, chunk, dtype=np.uint8), row_dtype, 32, 16, code_words)
 
 
 PAGES = make_pages()
@@ -71,15 +71,12 @@ def exchange(**changes: Any) -> _C.DecodeExchange:
 def layer(**changes: Any) -> _C.StreamLayer:
     arguments: dict[str, Any] = {
         "pages": PAGES,
+        "rule": Rule().native(3, 4),
         "index": INDEX,
-        "table": _C.InclusionTable(3, 4, 2),
         "exchange": exchange(),
         "callbacks": _C.HostCallbacks(1),
         "builder": None,
         "scale": 0.25,
-        "min_matches": 2,
-        "sink_tokens": 4,
-        "window_tokens": 16,
         "exact_below": 0,
         "isa": ISA,
         "pool": pool(),
@@ -88,7 +85,7 @@ def layer(**changes: Any) -> _C.StreamLayer:
 
 
 def exact_layer(**changes: Any) -> _C.StreamLayer:
-    return layer(**{"index": None, "table": None, **changes})
+    return layer(**{"rule": None, "index": None, **changes})
 
 
 HALVES = {"key": zeros(3, 2, 16, dtype=np.uint16), "value": zeros(3, 2, 16, dtype=np.uint16)}
@@ -101,8 +98,8 @@ def test_the_good_calls_that_the_bad_ones_vary() -> None:
     assert exchange().max_decodes == 3
     exchange(**HALVES, **NO_CODES)
     layer().set_center(zeros(2, 16))
-    exact_layer(exchange=exchange(**NO_CODES), min_matches=0)
-    exact_layer(pages=make_pages(num_tables=0), exchange=exchange(**NO_CODES))
+    exact_layer(exchange=exchange(**NO_CODES))
+    exact_layer(pages=make_pages(code_words=0), exchange=exchange(**NO_CODES))
     exact_layer(pages=make_pages("bfloat16"), exchange=exchange(**HALVES))
 
 
@@ -166,21 +163,19 @@ EXCHANGES = [
     ({"query_codes": None}, "Of query_codes and key_codes one is None"),
     ({"key_codes": None}, "Of query_codes and key_codes one is None"),
     ({"query_codes": zeros(3, 4, 4, dtype=np.int32)}, "query_codes is int32"),
-    ({"key_codes": zeros(3, 2, 5, dtype=np.uint16)}, r"key_codes has shape .*L = 4"),
+    ({"key_codes": zeros(3, 2, 5, dtype=np.uint16)}, r"key_codes has shape .*words = 4"),
 ]
 LAYERS = [
-    ({"index": None}, "Of index and table one is None"),
-    ({"table": None}, "Of index and table one is None"),
+    ({"rule": None}, "index is given without a rule"),
+    ({"index": None, "builder": _C.SegmentBuilder(CPUS[:1])}, "builder is given without an index"),
     ({"index": _C.LshIndex(make_pages(), 3, 32)}, "index belongs to other pages"),
-    ({"table": _C.InclusionTable(3, 4, 1)}, r"\(3, 4, 1\).*\(3, 4, 2\)"),
-    ({"min_matches": 5}, "min_matches is 5"),
-    ({"sink_tokens": -1}, "sink_tokens is -1"),
-    ({"window_tokens": -1}, "window_tokens is -1"),
+    ({"rule": Rule().native(3, 5)}, r"\(3, 5\), which take 5 code words"),
+    ({"rule": Rule().native(4, 4)}, "rule is for K = 4, but the index for K = 3"),
     ({"exact_below": -1}, "exact_below is -1"),
     ({"scale": float("inf")}, "scale is inf"),
     ({"isa": _C.Isa.avx512}, "isa is avx512"),
     ({"exchange": exchange(query=zeros(3, 3, 16), out=zeros(3, 3, 16), **NO_CODES)}, "is 3"),
-    ({"exchange": exchange(**NO_CODES)}, "codes of 0 tables, but the pages of 4"),
+    ({"exchange": exchange(**NO_CODES)}, "codes of 0 words, but the pages of 4"),
     ({"exchange": exchange(**HALVES)}, "2-byte elements, but the pages of 4"),
 ]
 EXACT_LAYERS = [
@@ -194,7 +189,7 @@ OTHERS = [
     (lambda: _C.HostCallbacks(0), {}, "launch_host_func is 0"),
     (lambda: layer().set_center(zeros(1, 16)), {}, r"center has shape \(1, 16\)"),
     (lambda: layer().set_center(zeros(2, 16, dtype=np.float64)), {}, "center is float64"),
-    (lambda: exact_layer().set_center(zeros(2, 16)), {}, "has no index"),
+    (lambda: exact_layer().set_center(zeros(2, 16)), {}, "has no rule"),
     (lambda: PAGES.note_writes(np.array([3, 192])), {}, r"slots\[1\] is 192"),
     (lambda: PAGES.note_writes(np.array([-2])), {}, r"slots\[0\] is -2"),
     (lambda: PAGES.note_writes(zeros(2, 2, dtype=np.int64)), {}, r"slots has shape \(2, 2\)"),

@@ -98,7 +98,7 @@ def arguments() -> dict[str, object]:
         ("vectors", torch.zeros(3, 2, 32)[:, :, ::2], "contiguous"),
         ("vectors", torch.zeros(3, 2, 24), "planes is torch.float16"),
         ("planes", torch.zeros(2, 4, 16, 32), "planes is torch.float32"),
-        ("planes", torch.zeros(2, 16, 16, 32, dtype=torch.float16), "K from 1 to 15"),
+        ("planes", torch.zeros(2, 17, 16, 32, dtype=torch.float16), "K from 1 to 16"),
         ("num_tables", 33, "planes is torch.float16"),
         ("num_tables", 0, "num_tables is 0"),
         ("num_tables", 256, "num_tables is 256"),
@@ -119,7 +119,7 @@ def test_wrong_arguments_are_refused(function, name: str, value: object, message
     [
         (torch.zeros(16, 12, dtype=torch.float64), 4),
         (torch.zeros(16, 12), 5),
-        (torch.zeros(16, 16), 16),
+        (torch.zeros(16, 17), 17),
         (torch.zeros(16, 12), 0),
     ],
 )

@@ -43,9 +43,10 @@ class Pages:
     """The host pages of one sparse layer: rows, codes and write epochs.
 
     memory: uint8 [num_blocks, num_kv_heads, chunk_bytes], C-contiguous, kept alive by this object.
-    A chunk holds rows [block_size][K | V][head_size] and then codes [block_size / 32][L][32] uint16.
-    row_dtype: "float32", "bfloat16" or "float16". block_size: a multiple of 32.
-    num_tables: L, or 0 for pages without codes.
+    A chunk holds rows [block_size][K | V][head_size] and then codes [block_size / 32][code_words][32]
+    uint16. row_dtype: "float32", "bfloat16" or "float16". block_size: a multiple of 32.
+    code_words: L, the table codes; with K = 1 L / 16, where a word holds the bits of 16 tables; 0 for
+    pages without codes.
     """
 
     def __init__(
@@ -54,10 +55,10 @@ class Pages:
         row_dtype: str,
         block_size: int,
         head_size: int,
-        num_tables: int,
+        code_words: int,
     ) -> None: ...
     @staticmethod
-    def chunk_bytes(row_dtype: str, block_size: int, head_size: int, num_tables: int) -> int:
+    def chunk_bytes(row_dtype: str, block_size: int, head_size: int, code_words: int) -> int:
         """Smallest chunk that holds such a page of one kv head."""
     def store_rows(
         self, key: Rows, value: Rows, slots: npt.NDArray[np.int64], pool: ThreadPool
@@ -70,9 +71,9 @@ class Pages:
     def store_codes(
         self, codes: npt.NDArray[np.uint16], slots: npt.NDArray[np.int64], pool: ThreadPool
     ) -> None:
-        """codes: uint16 [num_tokens, num_kv_heads, L]."""
+        """codes: uint16 [num_tokens, num_kv_heads, code_words]."""
     def load_codes(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16]:
-        """uint16 [num_tokens, num_kv_heads, L]."""
+        """uint16 [num_tokens, num_kv_heads, code_words]."""
     def note_writes(self, slots: npt.NDArray[np.int64]) -> None:
         """The bookkeeping of `store_rows` for tokens that something else writes to the pages.
 
@@ -93,14 +94,43 @@ class Pages:
 def pack_codes(
     projections: npt.NDArray[np.float32], num_bits: int, isa: Isa, pool: ThreadPool
 ) -> npt.NDArray[np.uint16]:
-    """Sign bits to codes: float32 [n, L * K] -> uint16 [n, L]; bit k of code l is x[l * K + k] > 0."""
+    """Sign bits to codes: float32 [n, L * K] -> uint16 [n, L]; bit k of code l is x[l * K + k] > 0.
+
+    With num_bits = 16 the codes are the words of a signature of tables of one bit.
+    """
 
 class InclusionTable:
-    """log u over the collision probability, for one (K, L, min_matches); source: reference.py."""
+    """log u over the collision probability, for one (K, L) and every threshold; source: reference.py.
 
-    def __init__(self, num_bits: int, num_tables: int, min_matches: int) -> None: ...
-    def log_u(self, cosine: npt.NDArray[np.float32], isa: Isa) -> npt.NDArray[np.float32]:
-        """What the kernel uses for log u at these cosines, any 1-D length."""
+    num_bits: K; num_tables: L, at most 255, or with K = 1 a multiple of 16 up to 256. Takes a tenth of
+    a second and L * 33 KB: share it.
+    """
+
+    def __init__(self, num_bits: int, num_tables: int) -> None: ...
+    def log_u(
+        self, cosine: npt.NDArray[np.float32], min_matches: int, fraction: float, isa: Isa
+    ) -> npt.NDArray[np.float32]:
+        """What the kernel uses for log u at these cosines, any 1-D length, where this fraction of the
+        tokens that match in exactly min_matches tables is taken; 1 is the paper's u."""
+
+class SampleRule:
+    """Which tokens of the middle a query head samples: those that match in min_matches tables or more.
+
+    row_budget: at most this fraction of the middle (one row at least), best matches first and of equal
+    ones an even choice that depends on (seed, query, position, head) alone; 0 for no limit.
+    min_matches: 1 to L; 2 to L with L = 256, where 0 and 1 matches are not told apart.
+    """
+
+    def __init__(
+        self,
+        table: InclusionTable,
+        *,
+        min_matches: int,
+        sink_tokens: int,
+        window_tokens: int,
+        row_budget: float = 0.0,
+        seed: int = 0,
+    ) -> None: ...
 
 class LshIndex:
     """Sealed bucket segments over the pages of one layer.
@@ -135,23 +165,24 @@ class LshIndex:
     def segments_dropped(self) -> int: ...
 
 def sample(
-    index: LshIndex,
+    pages: Pages,
+    rule: SampleRule,
+    index: LshIndex | None,
     query_codes: npt.NDArray[np.uint16],
     block_tables: npt.NDArray[np.int32],
     seq_lens: npt.NDArray[np.int32],
     *,
-    min_matches: int,
-    sink_tokens: int,
-    window_tokens: int,
     isa: Isa,
     pool: ThreadPool,
-) -> list[list[npt.NDArray[np.int32]]]:
-    """Ascending token positions sampled per request and query head, by the code that decode runs."""
+) -> list[list[tuple[npt.NDArray[np.int32], int, float]]]:
+    """Per request and query head the sample, by the code that decode runs: ascending positions, and the
+    threshold: all that match in more tables than the second value are taken, and of those that match
+    in as many the fraction that is the third."""
 
 def decode_attention(
     pages: Pages,
+    rule: SampleRule | None,
     index: LshIndex | None,
-    table: InclusionTable | None,
     query: npt.NDArray[np.float32],
     query_codes: npt.NDArray[np.uint16] | None,
     center: npt.NDArray[np.float32] | None,
@@ -161,9 +192,6 @@ def decode_attention(
     lse: npt.NDArray[np.float32],
     *,
     scale: float,
-    min_matches: int,
-    sink_tokens: int,
-    window_tokens: int,
     exact_below: int,
     isa: Isa,
     pool: ThreadPool,
@@ -171,12 +199,12 @@ def decode_attention(
     """One decode step: attention of one query per request over its pages.
 
     query: float32 [num_reqs, num_q_heads, head_size]; query_codes: uint16 [num_reqs, num_q_heads,
-    L]; center: float32 [num_kv_heads, head_size]; block_tables: int32 [num_reqs, max_blocks];
+    code_words]; center: float32 [num_kv_heads, head_size]; block_tables: int32 [num_reqs, max_blocks];
     seq_lens: int32 [num_reqs], the query's own token included; out: float32 like query and
     lse: float32 [num_reqs, num_q_heads] (natural logarithm) are written; a request of seq_len 0
     gets zeros and -inf.
-    A request whose middle is shorter than exact_below is attended exactly; without index, table,
-    codes and center (all None) every request is.
+    A request whose middle is shorter than exact_below is attended exactly; without rule, codes and
+    center (all None) every request is. Without index, all tokens are compared by code.
     Returns (rows sampled from the middle, int32 [num_reqs, num_q_heads], -1 where exact;
     nanoseconds spent in lookup and in attention, summed over threads).
     """
@@ -245,8 +273,8 @@ class DecodeExchange:
     """Buffers in host memory through which decodes go; layers in one stream order share them.
 
     query: float32 [max_decodes, num_q_heads, head_size]; key, value: row dtype [max_decodes,
-    num_kv_heads, head_size]; query_codes: uint16 [max_decodes, num_q_heads, L]; key_codes: uint16
-    [max_decodes, num_kv_heads, L]; out: float32 like query. The codes may be None in exact mode.
+    num_kv_heads, head_size]; query_codes: uint16 [max_decodes, num_q_heads, code_words]; key_codes:
+    uint16 [max_decodes, num_kv_heads, code_words]; out: float32 like query. The codes may be None in exact mode.
     """
 
     def __init__(
@@ -305,24 +333,21 @@ class StreamCounters:
 class StreamLayer:
     """The host side of one sparse layer: what its stream callbacks do.
 
-    index and table are both given, or both None for exact attention; without a builder no segments
-    are built. The other arguments are those of decode_attention, except that a middle of no tokens
+    rule is None for exact attention, and then index is, too; without an index all tokens are compared
+    by code, without a builder no segments are built. The other arguments are those of decode_attention, except that a middle of no tokens
     is always attended exactly.
     """
 
     def __init__(
         self,
         pages: Pages,
+        rule: SampleRule | None,
         index: LshIndex | None,
-        table: InclusionTable | None,
         exchange: DecodeExchange,
         callbacks: HostCallbacks,
         builder: SegmentBuilder | None,
         *,
         scale: float,
-        min_matches: int,
-        sink_tokens: int,
-        window_tokens: int,
         exact_below: int,
         isa: Isa,
         pool: ThreadPool,

@@ -34,9 +34,9 @@ _HUGE_PAGE = 2 << 20  # LshIndex::allocate rounds a segment of this size or more
 _SOURCE_BYTES = 16  # sizeof(Segment::Source)
 
 
-def content_bytes(head_size: int, itemsize: int, num_tables: int) -> int:
+def content_bytes(head_size: int, itemsize: int, code_words: int) -> int:
     """Bytes of one token and kv head in a host page: K, V and codes, padded to whole elements."""
-    codes = _divide_up(num_tables * _CODE_BYTES, itemsize) * itemsize
+    codes = _divide_up(code_words * _CODE_BYTES, itemsize) * itemsize
     return 2 * head_size * itemsize + codes
 
 
@@ -45,11 +45,11 @@ def host_block_bytes(
     num_kv_heads: int,
     head_size: int,
     itemsize: int,
-    num_tables: int,
+    code_words: int,
     block_size: int,
 ) -> int:
-    """Bytes of one block in the host pools of all sparse layers; num_tables 0 = exact attention."""
-    content = content_bytes(head_size, itemsize, num_tables)
+    """Bytes of one block in the host pools of all sparse layers; code_words 0 = exact attention."""
+    content = content_bytes(head_size, itemsize, code_words)
     return num_sparse_layers * num_kv_heads * block_size * content
 
 
@@ -65,7 +65,7 @@ def index_bytes_per_block(
 
     From the Segment layout of cpu_kernels/magicpig.h: per kv head and segment, ids uint16
     [L, segment_tokens] and offsets uint16 [L, 2**K + 2]; per segment one Source a block, and the
-    padding of its storage to whole huge pages. num_tables 0 (exact attention) has no index.
+    padding of its storage to whole huge pages. num_tables 0 has no index: exact attention, or a scan of the codes.
 
     This is the use of requests that share no block. A segment belongs to its LAST block, so
     requests whose common prefix ends inside a segment each hold one over the same earlier blocks.

@@ -11,13 +11,17 @@ from typing import Any
 DENSE_LAYER_STRIDE = 16
 """Default dense layers: 0, 16, 32, ... as in the paper's Llama-3.1-8B set-up (section 5)."""
 
+SIGNATURE_WORD_BITS = 16
+"""With K = 1 a table is a bit, and a token's codes are a signature of L bits in words of so many."""
+
 
 @dataclass(frozen=True)
 class MagicPigOptions:
     """One field per option; the README's table is the user's view of it.
 
     K: bits per table, 0 = exact attention; L: tables; min_matches: tables in which a sampled token
-    must match; dense_layers: absolute layer indices that keep the platform's own backend, None =
+    must match; rows: at most this fraction of the middle is sampled, best matches first, None = all
+    that match (the paper's sample); index: "buckets", "scan" or "auto"; dense_layers: absolute layer indices that keep the platform's own backend, None =
     every 16th; sink_tokens, window_tokens: always attended; exact_below: a shorter middle is
     attended exactly (tokens); threads: of the decode kernel, None = the physical cores that this
     process may use; seed: of the hyperplanes; center: "first_prompt", "none" or the path of a
@@ -28,6 +32,8 @@ class MagicPigOptions:
     K: int = 10
     L: int = 150
     min_matches: int = 2
+    rows: float | None = None
+    index: str = "auto"
     dense_layers: tuple[int, ...] | None = None
     sink_tokens: int = 4
     window_tokens: int = 64
@@ -44,9 +50,26 @@ class MagicPigOptions:
         return self.K == 0
 
     @property
-    def num_tables(self) -> int:
-        """Tables whose codes a page holds."""
-        return 0 if self.is_exact else self.L
+    def code_words(self) -> int:
+        """uint16 words that a page holds of a token's codes: tables, or 16 tables of one bit each."""
+        if self.is_exact:
+            return 0
+        return self.L // SIGNATURE_WORD_BITS if self.K == 1 else self.L
+
+    @property
+    def indexed_tables(self) -> int:
+        """Tables that have buckets, 0 without an index."""
+        return self.L if self.has_buckets else 0
+
+    @property
+    def word_bits(self) -> int:
+        """Bits of such a word, in the order of the projections."""
+        return SIGNATURE_WORD_BITS if self.K == 1 else self.K
+
+    @property
+    def has_buckets(self) -> bool:
+        """Whether matches are looked up in bucket segments; else all codes are compared."""
+        return not self.is_exact and self.index != "scan" and self.K > 1
 
     def is_dense(self, layer_index: int) -> bool:
         if self.dense_layers is None:
@@ -61,13 +84,16 @@ class MagicPigOptions:
 
 _INT_RANGES = {
     "K": (0, 15, "0 for exact attention or 1 to 15 bits per table"),
-    "L": (1, 255, "1 to 255 tables"),
+    "L": (1, 256, "1 to 255 tables, or with K = 1 a multiple of 16 up to 256"),
     "min_matches": (1, 255, "1 to L tables"),
     "sink_tokens": (0, 1 << 20, "0 to 1048576 tokens"),
     "window_tokens": (1, 1 << 20, "1 to 1048576 tokens"),
     "exact_below": (0, 1 << 30, "0 to 1073741824 tokens"),
     "seed": (0, (1 << 63) - 1, "0 to 2**63 - 1"),
 }
+_MOST_BUCKETED_TABLES = 255  # matches are counted in bytes
+_INDEXES = ("auto", "buckets", "scan")
+_SCAN_DEFAULTS = {"K": 1, "L": 256, "rows": 0.01}
 _ISAS = ("auto", "avx512", "avx2", "portable")
 
 
@@ -89,10 +115,33 @@ def parse_options(additional_config: Any) -> MagicPigOptions:
             raise ValueError(
                 f"magicpig option {name!r} is unknown; allowed are {', '.join(known)}; {hint}"
             )
-    options = MagicPigOptions(**{name: _checked(name, value) for name, value in given.items()})
-    if options.min_matches > options.L:
-        raise _wrong("min_matches", options.min_matches, f"1 to L = {options.L} tables")
+    checked = {name: _checked(name, value) for name, value in given.items()}
+    scans = checked.get("K", 1 if checked.get("index") == "scan" else None) == 1
+    options = MagicPigOptions(**{**(_SCAN_DEFAULTS if scans else {}), **checked})
+    _check_together(options)
     return options
+
+
+def _check_together(options: MagicPigOptions) -> None:
+    """Raises ValueError for options that are right by themselves only."""
+    if options.K == 1:
+        if options.L % SIGNATURE_WORD_BITS != 0:
+            raise _wrong("L", options.L, "a multiple of 16 up to 256, since K is 1")
+        if options.index == "buckets":
+            raise _wrong("index", options.index, '"scan" or "auto", since K is 1')
+        # Half of all tokens match in half of the tables.
+        if options.rows is None and options.min_matches <= options.L // 2:
+            raise _wrong(
+                "rows",
+                None,
+                "a fraction such as 0.01, since K is 1 and every token matches in "
+                f"min_matches = {options.min_matches} of {options.L} tables",
+            )
+    elif options.L > _MOST_BUCKETED_TABLES:
+        raise _wrong("L", options.L, "1 to 255 tables, since K is not 1")
+    lowest = 2 if options.L > _MOST_BUCKETED_TABLES else 1
+    if not lowest <= options.min_matches <= options.L:
+        raise _wrong("min_matches", options.min_matches, f"{lowest} to L = {options.L} tables")
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -103,10 +152,13 @@ def _checked(name: str, value: Any) -> Any:
         return None if value is None else _integer(name, value, 1, 4096, "1 to 4096, or null")
     if name == "dense_layers":
         return _dense_layers(value)
-    if name == "isa":
-        if value not in _ISAS:
-            raise _wrong(name, value, f"one of {', '.join(_ISAS)}")
+    if name in ("isa", "index"):
+        allowed = _ISAS if name == "isa" else _INDEXES
+        if value not in allowed:
+            raise _wrong(name, value, f"one of {', '.join(allowed)}")
         return value
+    if name == "rows":
+        return _rows(value)
     if name == "center":
         return _center(value)
     assert name == "host_kv_cache_gib"
@@ -121,6 +173,14 @@ def _integer(name: str, value: Any, low: int, high: int, allowed: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise _wrong(name, value, allowed)
     return value
+
+
+def _rows(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise _wrong("rows", value, "a fraction of the middle above 0 and up to 1, or null")
+    return float(value)
 
 
 def _dense_layers(value: Any) -> tuple[int, ...] | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_magicpig.backend import backend_with_tables
+from vllm_magicpig.backend import backend_with_codes
 from vllm_magicpig.cpus import kernel_cpus
 from vllm_magicpig.host_layer import HostLayer
 from vllm_magicpig.worker import MagicPigWorker
@@ -14,7 +14,7 @@ from vllm_magicpig.worker import MagicPigWorker
 
 class MagicPigCPUWorker(MagicPigWorker, CPUWorker):
     def _sampled_backend(self) -> type[Any]:
-        return backend_with_tables(self._options.num_tables)
+        return backend_with_codes(self._options.code_words)
 
     def _kernel_cpus(self) -> list[int]:
         return kernel_cpus(self._options.threads)

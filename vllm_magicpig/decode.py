@@ -39,17 +39,17 @@ class DecodeKernel:
         lse = q.new_empty(q.shape[:2])
         seq_lens = step.seq_lens[step.decode_rows]
 
-        codes = index = table = center = None
+        codes = index = rule = center = None
         if self.index is not None and self.index.center.value is not None:
             codes = self.index.projection.hash_queries(q)
-            index, table = self.index.native, self.index.table
+            index, rule = self.index.native, self.index.rule
             center = self.index.center.value.numpy()
         hashed = time.perf_counter_ns()
 
         rows, lookup_ns, attend_ns = _C.decode_attention(
             self.pages.native,
+            rule,
             index,
-            table,
             q.numpy(),
             codes,
             center,
@@ -58,9 +58,6 @@ class DecodeKernel:
             out.numpy(),
             lse.numpy(),
             scale=self.scale,
-            min_matches=self.options.min_matches,
-            sink_tokens=self.options.sink_tokens,
-            window_tokens=self.options.window_tokens,
             exact_below=max(self.options.exact_below, 1),
             isa=self.isa,
             pool=self.pool,

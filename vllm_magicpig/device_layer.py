@@ -39,23 +39,20 @@ class DeviceLayer:
         builder: _C.SegmentBuilder,
     ) -> None:
         """memory: this layer's part of the host pool, as for HostPages; center: None in exact mode."""
-        self.pages = HostPages(memory, shape.head_size, options.num_tables)
+        self.pages = HostPages(memory, shape.head_size, options.code_words)
         self.index = make_index(options, self.pages, layer_index, center, isa, pool)
         self.device, self.buffers = device, buffers
         self._decode, self._prefill = buffers.decode[shape], buffers.prefill[shape]
-        self._scale, self._num_tables = scale, options.num_tables
+        self._scale, self._code_words = scale, options.code_words
         self._flash = flash_for(device.torch_device, shape.dtype, shape.head_size)
         self._native = _C.StreamLayer(
             self.pages.native,
+            None if self.index is None else self.index.rule,
             None if self.index is None else self.index.native,
-            None if self.index is None else self.index.table,
             self._decode.native,
             device.callbacks,
-            None if self.index is None else builder,
+            builder if options.has_buckets else None,
             scale=scale,
-            min_matches=options.min_matches,
-            sink_tokens=options.sink_tokens,
-            window_tokens=options.window_tokens,
             exact_below=options.exact_below,
             isa=isa,
             pool=pool,
@@ -64,7 +61,9 @@ class DeviceLayer:
         self._planes: torch.Tensor | None = None
         self._center: torch.Tensor | None = None
         if self.index is not None:
-            planes = device.kernels.pack_directions(self.index.projection.directions, options.K)
+            planes = device.kernels.pack_directions(
+                self.index.projection.directions, options.word_bits
+            )
             self._planes = planes.to(device.torch_device)
             if self.index.center.value is not None:
                 self._take_center(self.index.center.value)
@@ -132,7 +131,7 @@ class DeviceLayer:
         vectors = torch.zeros(shape, dtype=self._decode.key.dtype, device=device.torch_device)
         assert self._planes is not None
         device.launch(
-            device.kernels.simhash, vectors, self._planes, self._num_tables, center, codes
+            device.kernels.simhash, vectors, self._planes, self._code_words, center, codes
         )
 
     # ------------------------------------------------------------------------------------ decode
@@ -147,8 +146,8 @@ class DeviceLayer:
             assert to.query_codes is not None
             assert to.key_codes is not None
             simhash = self.device.kernels.simhash
-            simhash(q, self._planes, self._num_tables, None, to.query_codes[:n])
-            simhash(k, self._planes, self._num_tables, self._center, to.key_codes[:n])
+            simhash(q, self._planes, self._code_words, None, to.query_codes[:n])
+            simhash(k, self._planes, self._code_words, self._center, to.key_codes[:n])
         to.query[:n].copy_(q.float(), non_blocking=True)
         to.key[:n].copy_(k.contiguous(), non_blocking=True)
         to.value[:n].copy_(v.contiguous(), non_blocking=True)
@@ -169,7 +168,7 @@ class DeviceLayer:
             assert self._prefill.key_codes is not None
             codes = self._prefill.key_codes[tokens]
             self.device.kernels.simhash(
-                key[tokens], self._planes, self._num_tables, self._center, codes
+                key[tokens], self._planes, self._code_words, self._center, codes
             )
         self.device.kernels.store_pages(
             key[tokens],

@@ -78,7 +78,7 @@ class DevicePagesWorker(MagicPigWorker):
                     shape.num_kv_heads,
                     shape.head_size,
                     shape.dtype.itemsize,
-                    options.num_tables,
+                    options.code_words,
                     self._block_size,
                 )
                 for shape in shapes
@@ -88,7 +88,7 @@ class DevicePagesWorker(MagicPigWorker):
                     1,
                     shape.num_kv_heads,
                     options.K,
-                    options.num_tables,
+                    options.indexed_tables,
                     self._block_size,
                     segment_tokens(self._block_size),
                 )
@@ -119,7 +119,7 @@ class DevicePagesWorker(MagicPigWorker):
         num_blocks, block_size = kv_cache_config.num_blocks, self._block_size
         options, cpus = self._options, self._kernel_cpus()
         sizes = [
-            num_blocks * shape.num_kv_heads * block_size * _token_bytes(shape, options.num_tables)
+            num_blocks * shape.num_kv_heads * block_size * _token_bytes(shape, options.code_words)
             for _, shape in layers
         ]
         self._host_pool = HostPool(
@@ -132,7 +132,7 @@ class DevicePagesWorker(MagicPigWorker):
         )
         self._builder = _C.SegmentBuilder(cpus)
         for number, (impl, shape) in enumerate(layers):
-            elements = _token_bytes(shape, options.num_tables) // shape.dtype.itemsize
+            elements = _token_bytes(shape, options.code_words) // shape.dtype.itemsize
             region = self._host_pool.layer(number).view(shape.dtype)
             impl.bind(
                 DeviceLayer(

@@ -28,7 +28,7 @@ class HostLayer:
         pool: _C.ThreadPool,
     ) -> None:
         """kv_cache: as for HostPages; center: None in exact mode."""
-        self.pages = HostPages(kv_cache, head_size, options.num_tables)
+        self.pages = HostPages(kv_cache, head_size, options.code_words)
         self.index = make_index(options, self.pages, layer_index, center, isa, pool)
         self._stats = LayerStats()
         self._kernel = DecodeKernel(options, self.pages, self.index, scale, isa, pool, self._stats)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -40,8 +41,10 @@ class LshIndex:
     ) -> None:
         self._options, self._pages, self._pool = options, pages, pool
         self.projection, self.center = projection, center
-        self.native = _C.LshIndex(pages.native, options.K, segment_tokens(pages.block_size))
-        self.table = _C.InclusionTable(options.K, options.L, options.min_matches)
+        self.rule = sample_rule(options)
+        self.native: _C.LshIndex | None = None
+        if options.has_buckets:
+            self.native = _C.LshIndex(pages.native, options.K, segment_tokens(pages.block_size))
 
     def add(self, key: torch.Tensor, step: Step) -> None:
         """Codes for keys whose rows were just stored, then segments for what they completed.
@@ -97,10 +100,23 @@ class LshIndex:
             for row, length in enumerate(step.seq_lens.tolist())
             if self._options.samples(length)
         ]
-        if rows:
+        if rows and self.native is not None:
             self.native.seal(
                 np.ascontiguousarray(step.block_tables[rows]), step.seq_lens[rows], self._pool
             )
+
+
+@cache
+def sample_rule(options: MagicPigOptions) -> _C.SampleRule:
+    """One for all layers: its table takes megabytes."""
+    return _C.SampleRule(
+        _C.InclusionTable(options.K, options.L),
+        min_matches=options.min_matches,
+        sink_tokens=options.sink_tokens,
+        window_tokens=options.window_tokens,
+        row_budget=options.rows or 0.0,
+        seed=options.seed,
+    )
 
 
 def make_index(

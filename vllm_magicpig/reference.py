@@ -75,6 +75,53 @@ def sample(
     return mask
 
 
+def row_limit(middle_tokens: int, row_budget: float) -> int | None:
+    """Rows that one head may take of a middle under a budget, a fraction of it; None without one (0)."""
+    return max(1, int(row_budget * middle_tokens)) if row_budget > 0 else None
+
+
+def tie_phase(seed: int, num_tokens: int, query_head: int, words: list[int]) -> int:
+    """Where the choice among equally good matches starts: 64 bits from splitmix64.
+
+    words: the query's codes as the pages hold them, by which requests are told apart.
+    """
+    state = _split_mix(seed)
+    for value in (num_tokens, query_head, *words):
+        state = _split_mix(state ^ value)
+    return state
+
+
+def _split_mix(x: int) -> int:
+    """splitmix64 (Steele, Lea and Flood, OOPSLA 2014)."""
+    mask = (1 << 64) - 1
+    x = (x + 0x9E3779B97F4A7C15) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    return x ^ (x >> 31)
+
+
+def pick_best(
+    counts: torch.Tensor, sampled: torch.Tensor, limit: int, phase: int
+) -> tuple[torch.Tensor, int, float]:
+    """The `limit` best matches of one head's sample, if it holds more; not in the paper.
+
+    counts: integer [num_tokens] of `count_matches`; sampled: bool [num_tokens], more than `limit`.
+    All that match in more than t tables are taken and a fraction r of those that match in t: every
+    (1 / r)th in their order, from a place that `phase` tells, so that each has the same chance r.
+    Returns (bool [num_tokens] of exactly `limit` tokens, t, r).
+    """
+    ordered = counts[sampled].sort(descending=True).values
+    t = int(ordered[limit - 1])
+    better = int((ordered > t).sum())
+    ties = torch.nonzero(sampled & (counts == t)).flatten()
+    taken = limit - better
+    place = phase % len(ties) + taken * torch.arange(len(ties) + 1, dtype=torch.int64)
+    passes = place.div(len(ties), rounding_mode="floor").diff() > 0
+    picked = sampled & (counts > t)
+    picked[ties[passes]] = True
+    return picked, t, taken / len(ties)
+
+
 def collision_probability(queries: torch.Tensor, centred_keys: torch.Tensor) -> torch.Tensor:
     """p = 1 - angle / pi of one SimHash bit, float64 (section 4.1, equation 6).
 
@@ -96,6 +143,11 @@ def log_inclusion_probability(
     closed form cancels for small p, so the tail is summed in logs, and where the tail is most of
     the mass the other side is, so that both ends keep their relative precision.
     """
+    return _log_tail(p, num_bits, num_tables, min_matches).clamp(min=LOG_U_FLOOR)
+
+
+def _log_tail(p: torch.Tensor, num_bits: int, num_tables: int, min_matches: int) -> torch.Tensor:
+    """log P[Binomial(L, p**K) >= min_matches], -inf where that cannot be."""
     x = p.double().clamp(0, 1) ** num_bits
     log_x, log_rest = torch.log(x)[..., None], torch.log1p(-x)[..., None]
     k = torch.arange(num_tables + 1, dtype=torch.float64)
@@ -108,7 +160,19 @@ def log_inclusion_probability(
     log_pmf = log_choose + successes + failures
     upper = torch.logsumexp(log_pmf[..., min_matches:], dim=-1)
     lower = torch.logsumexp(log_pmf[..., :min_matches], dim=-1)
-    log_u = torch.where(lower < math.log(0.5), torch.log1p(-lower.exp()), upper)
+    return torch.where(lower < math.log(0.5), torch.log1p(-lower.exp()), upper)
+
+
+def log_mixed_inclusion_probability(
+    p: torch.Tensor, num_bits: int, num_tables: int, min_matches: int, fraction: float
+) -> torch.Tensor:
+    """log u where only a fraction r of the tokens that match in exactly t tables is taken, float64:
+    u = P[c > t] + r P[c = t], the marginal probability of being taken. r = 1 is the paper's u.
+    """
+    log_u = _log_tail(p, num_bits, num_tables, min_matches) + math.log(fraction)
+    if fraction < 1 and min_matches < num_tables:
+        log_above = _log_tail(p, num_bits, num_tables, min_matches + 1)
+        log_u = torch.logaddexp(log_u, log_above + math.log1p(-fraction))
     return log_u.clamp(min=LOG_U_FLOOR)
 
 
@@ -153,19 +217,25 @@ def sampled_attention(
     center: torch.Tensor,
     num_bits: int,
     num_tables: int,
-    min_matches: int,
+    thresholds: list[tuple[int, float]],
     sink_tokens: int,
     window_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The estimator (section 3.3, algorithm 1): sinks and window with u = 1, the sample with its u.
 
     sampled: bool [num_q_heads, n] from `sample`; center: float [num_kv_heads, head_size], the key
-    centre. Other shapes and the result as in `attention_over`.
+    centre; thresholds: of each query head (t, r), (min_matches, 1) for the paper's sample. Other
+    shapes and the result as in `attention_over`.
     """
     group = queries.shape[0] // keys.shape[0]
     centred = (keys.double() - center.double()[:, None, :]).repeat_interleave(group, dim=0)
     p = collision_probability(queries, centred)
-    log_u = log_inclusion_probability(p, num_bits, num_tables, min_matches)
+    log_u = torch.stack(
+        [
+            log_mixed_inclusion_probability(p_of_head, num_bits, num_tables, t, r)
+            for p_of_head, (t, r) in zip(p, thresholds, strict=True)
+        ]
+    )
     positions = middle(keys.shape[1], sink_tokens, window_tokens)
     exact = torch.ones(keys.shape[1], dtype=torch.bool)
     exact[positions.start : positions.stop] = False
