@@ -51,7 +51,7 @@ constexpr int kMaxTables = 255;  // counters are uint8
 Isa resolve_isa(const std::string& name) {
   if (name == "auto") return best_isa();
   std::string available;
-  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {
+  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_vpopcnt}) {
     if (!isa_available(isa)) continue;
     if (name == isa_name(isa)) return isa;
     available += std::string(", ") + isa_name(isa);
@@ -329,7 +329,8 @@ PYBIND11_MODULE(_C, m) {
   py::enum_<Isa>(m, "Isa")
       .value("portable", Isa::portable)
       .value("avx2", Isa::avx2)
-      .value("avx512", Isa::avx512);
+      .value("avx512", Isa::avx512)
+      .value("avx512_vpopcnt", Isa::avx512_vpopcnt);
   m.def("resolve_isa", &resolve_isa, arg("name"));
 
   py::class_<ThreadPool, std::shared_ptr<ThreadPool>>(m, "ThreadPool")

@@ -21,6 +21,7 @@ def isa_or_none(name: str) -> _C.Isa | None:
         return None
 
 
+ISA_NAMES = ("portable", "avx2", "avx512", "avx512_vpopcnt")
 each_isa = pytest.mark.parametrize(
     "isa",
     [
@@ -29,9 +30,12 @@ each_isa = pytest.mark.parametrize(
             id=name,
             marks=pytest.mark.skipif(isa_or_none(name) is None, reason=f"this CPU has no {name}"),
         )
-        for name in ("portable", "avx2")
+        for name in ISA_NAMES
     ],
 )
+
+
+MISSING_ISAS = [name for name in ISA_NAMES if isa_or_none(name) is None]
 
 
 @functools.cache

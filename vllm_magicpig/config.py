@@ -68,7 +68,7 @@ _INT_RANGES = {
     "exact_below": (0, 1 << 30, "0 to 1073741824 tokens"),
     "seed": (0, (1 << 63) - 1, "0 to 2**63 - 1"),
 }
-_ISAS = ("auto", "avx512", "avx2", "portable")
+_ISAS = ("auto", "avx512_vpopcnt", "avx512", "avx2", "portable")
 
 
 def parse_options(additional_config: Any) -> MagicPigOptions:
