@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
@@ -39,10 +40,10 @@ MISSING_ISAS = [name for name in ISA_NAMES if isa_or_none(name) is None]
 
 
 @functools.cache
-def pool(num_threads: int = 2) -> _C.ThreadPool:
+def pool(num_threads: int = 2, native: ModuleType = _C) -> _C.ThreadPool:
     """Threads on the CPUs of this process; more threads than CPUs share them."""
     cpus = sorted(os.sched_getaffinity(0))
-    return _C.ThreadPool([cpus[i % len(cpus)] for i in range(num_threads)])
+    return native.ThreadPool([cpus[i % len(cpus)] for i in range(num_threads)])
 
 
 def row_bits(rows: torch.Tensor) -> npt.NDArray:
@@ -62,7 +63,10 @@ class Rule:
 
 @dataclass
 class Layer:
-    """Pages of one layer and their native index. No block is written by two owners at once."""
+    """Pages of one layer and their native index. No block is written by two owners at once.
+
+    native: the extension, or another build of it.
+    """
 
     num_blocks: int
     num_kv_heads: int = 1
@@ -72,18 +76,24 @@ class Layer:
     block_size: int = 32
     segment_tokens: int = 64
     dtype: torch.dtype = torch.float32
+    native: ModuleType = _C
     memory: npt.NDArray[np.uint8] = field(init=False)
     pages: _C.Pages = field(init=False)
     index: _C.LshIndex = field(init=False)
 
     def __post_init__(self) -> None:
         name = str(self.dtype).removeprefix("torch.")
-        size = _C.Pages.chunk_bytes(name, self.block_size, self.head_size, self.num_tables)
+        size = self.native.Pages.chunk_bytes(name, self.block_size, self.head_size, self.num_tables)
         # Poison: what was never written must never show. And 2 bytes more than needed, so that no
         # chunk but the first is aligned.
         self.memory = np.full((self.num_blocks, self.num_kv_heads, size + 2), 0xA5, np.uint8)
-        self.pages = _C.Pages(self.memory, name, self.block_size, self.head_size, self.num_tables)
-        self.index = _C.LshIndex(self.pages, self.num_bits, self.segment_tokens)
+        self.pages = self.native.Pages(
+            self.memory, name, self.block_size, self.head_size, self.num_tables
+        )
+        self.index = self.native.LshIndex(self.pages, self.num_bits, self.segment_tokens)
+
+    def pool(self, num_threads: int = 2) -> _C.ThreadPool:
+        return pool(num_threads, self.native)
 
     def slots(self, blocks: npt.ArrayLike, start: int, stop: int) -> npt.NDArray[np.int64]:
         tokens = np.arange(start, stop)
@@ -94,7 +104,7 @@ class Layer:
         """codes: integer [num_kv_heads, num_tokens, L]."""
         slots = self.slots(blocks, start, start + codes.shape[1])
         native = codes.transpose(0, 1).contiguous().numpy().astype(np.uint16)
-        self.pages.store_codes(native, slots, pool())
+        self.pages.store_codes(native, slots, self.pool())
 
     def store_rows(
         self, blocks: npt.ArrayLike, start: int, keys: torch.Tensor, values: torch.Tensor
@@ -102,7 +112,7 @@ class Layer:
         """keys, values: [num_kv_heads, num_tokens, head_size]."""
         slots = self.slots(blocks, start, start + keys.shape[1])
         key, value = row_bits(keys.transpose(0, 1)), row_bits(values.transpose(0, 1))
-        self.pages.store_rows(key, value, slots, pool())
+        self.pages.store_rows(key, value, slots, self.pool())
 
     def sample(
         self,
@@ -114,13 +124,13 @@ class Layer:
         num_threads: int = 2,
     ) -> list[list[npt.NDArray[np.int32]]]:
         """query_codes: integer [num_reqs, num_q_heads, L]."""
-        return _C.sample(
+        return self.native.sample(
             self.index,
             query_codes.numpy().astype(np.uint16),
             np.asarray(block_tables, np.int32),
             np.asarray(seq_lens, np.int32),
             isa=isa,
-            pool=pool(num_threads),
+            pool=self.pool(num_threads),
             **rule.native(),
         )
 

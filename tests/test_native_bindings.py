@@ -272,17 +272,16 @@ def test_bad_input_is_named(call: Callable[..., Any], change: dict[str, Any], te
 
 @pytest.mark.skipif(not MISSING_ISAS, reason="this CPU has every instruction set")
 def test_a_missing_isa_is_named() -> None:
-    table = _C.InclusionTable(3, 4, 1)
+    calls: list[Callable[[_C.Isa], object]] = [
+        lambda isa: sample(isa=isa),
+        lambda isa: decode(isa=isa),
+        lambda isa: _C.InclusionTable(3, 4, 1).log_u(zeros(2), isa),
+        lambda isa: _C.pack_codes(zeros(2, 8), 4, isa, pool()),
+    ]
     for name in MISSING_ISAS:
-        isa = getattr(_C.Isa, name)
-        for change in (
-            lambda: sample(isa=isa),
-            lambda: decode(isa=isa),
-            lambda: table.log_u(zeros(2), isa),
-            lambda: _C.pack_codes(zeros(2, 8), 4, isa, pool()),
-        ):
+        for call in calls:
             with pytest.raises(ValueError, match=f"isa is {name}, .*; "):
-                change()
+                call(getattr(_C.Isa, name))
         with pytest.raises(ValueError, match=f'isa is "{name}", .*auto, portable'):
             _C.resolve_isa(name)
 

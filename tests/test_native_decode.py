@@ -13,7 +13,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from native_helpers import Layer, Rule, each_isa, pool
+from native_helpers import Layer, Rule, each_isa
 
 from vllm_magicpig import _C, reference
 
@@ -60,7 +60,7 @@ class Batch:
         return self.layer.head_size**-0.5
 
     def seal(self) -> None:
-        self.layer.index.seal(self.tables, np.array(self.lengths, np.int32), pool())
+        self.layer.index.seal(self.tables, np.array(self.lengths, np.int32), self.layer.pool())
 
     def decode(
         self,
@@ -70,15 +70,15 @@ class Batch:
         num_threads: int = 2,
     ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
         """(out, lse, rows); rule None is the exact mode."""
-        layer = self.layer
+        layer, native = self.layer, self.layer.native
         out = np.full(self.query.shape, np.nan, np.float32)
         lse = np.full(self.query.shape[:2], np.nan, np.float32)
         sampled = rule is not None
         rule = rule or Rule()
-        rows, lookup_ns, attention_ns = _C.decode_attention(
+        rows, lookup_ns, attention_ns = native.decode_attention(
             layer.pages,
             layer.index if sampled else None,
-            _C.InclusionTable(layer.num_bits, layer.num_tables, rule.min_matches)
+            native.InclusionTable(layer.num_bits, layer.num_tables, rule.min_matches)
             if sampled
             else None,
             self.query.numpy(),
@@ -91,7 +91,7 @@ class Batch:
             scale=self.scale,
             exact_below=exact_below,
             isa=isa,
-            pool=pool(num_threads),
+            pool=layer.pool(num_threads),
             **rule.native(),
         )
         assert lookup_ns >= 0

@@ -62,11 +62,15 @@ SETTINGS = [
 @each_isa
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_log_u_is_within_1e_5_of_the_reference(isa: _C.Isa, setting: tuple[int, int, int]) -> None:
+    check_log_u(_C.InclusionTable(*setting), isa, setting)
+
+
+def check_log_u(table: _C.InclusionTable, isa: _C.Isa, setting: tuple[int, int, int]) -> None:
     """Of max(1, |log u|), over all cosines: a fine grid, and finer towards both ends."""
     near_one = 1 - np.logspace(-7.2, -2, 2000)
     cosine = np.concatenate([np.linspace(-1, 1, 20001), near_one, -near_one, [0.0, -0.0]])
     cosine = cosine.astype(np.float32)
-    found = _C.InclusionTable(*setting).log_u(cosine, isa)
+    found = table.log_u(cosine, isa)
     p = 1 - torch.arccos(torch.from_numpy(cosine).double()) / math.pi
     expected = reference.log_inclusion_probability(p, *setting).numpy()
     error = np.abs(found - expected) / np.maximum(1, np.abs(expected))

@@ -6,73 +6,15 @@ stop the process on any other CPU, because the linker may keep that copy for eve
 
 from __future__ import annotations
 
-import platform
-import re
-import shutil
-import subprocess
-from collections import Counter
-from collections.abc import Iterable
-
 import pytest
+from disassembly import AVX512, disassembled, kinds_by_symbol, namespace_of, needs_objdump, strays
 
 from vllm_magicpig import _C
 
-AVX512 = {"avx512", "avx512_vpopcnt"}
-KINDS = {
-    "512 bits, or masks": (re.compile(r"%zmm|%k[0-7]\b"), AVX512),
-    "registers 16 to 31": (re.compile(r"%[xy]mm(1[6-9]|2\d|3[01])\b"), AVX512),
-    "256 bits": (re.compile(r"%ymm"), AVX512 | {"avx2"}),
-    # Mnemonics with a v, whatever their width: older CPUs stop at a VEX prefix, too.
-    "VEX or EVEX": (re.compile(r"^v"), AVX512 | {"avx2"}),
-    "counts of bits in vectors": (re.compile(r"^vpopcnt"), {"avx512_vpopcnt"}),
-}
-"""What an instruction may hold, and the namespaces of magicpig that may hold it."""
 
-SYMBOL = re.compile(r"^[0-9a-f]+ <(\S+)>:$")
-INSTRUCTION = re.compile(r"^ +[0-9a-f]+:\t(?P<text>.+)$")
-# Mangled: after demangling, an argument's namespace reads like the function's. _ZZ are the lambdas
-# of a function. Clones only append to the name.
-NAMESPACE = re.compile(r"^_ZZ?NK?8magicpig(\d+)")
-
-
-def namespace_of(symbol: str) -> str | None:
-    found = NAMESPACE.match(symbol)
-    if found is None:
-        return None
-    return symbol[found.end() : found.end() + int(found[1])]
-
-
-def kinds_by_symbol(disassembly: Iterable[str]) -> Counter[tuple[str, str]]:
-    """How often each symbol holds each kind; disassembly: lines of objdump -d, not demangled."""
-    counts: Counter[tuple[str, str]] = Counter()
-    symbol = ""
-    for line in disassembly:
-        if header := SYMBOL.match(line):
-            symbol = header[1]
-        elif instruction := INSTRUCTION.match(line):
-            # Behind the operands may stand the symbol that they point to.
-            text = instruction["text"].partition("<")[0].partition("#")[0]
-            for kind, (pattern, _) in KINDS.items():
-                if pattern.search(text):
-                    counts[symbol, kind] += 1
-    return counts
-
-
-def strays(counts: Counter[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [(symbol, kind) for symbol, kind in counts if namespace_of(symbol) not in KINDS[kind][1]]
-
-
-needs_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64's registers")
-
-
-@needs_x86
-@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump (binutils) is missing")
+@needs_objdump
 def test_wide_instructions_stay_in_their_namespace() -> None:
-    command = ["objdump", "-d", "--no-show-raw-insn", _C.__file__]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as objdump:
-        assert objdump.stdout is not None
-        counts = kinds_by_symbol(objdump.stdout)
-    assert objdump.returncode == 0
+    counts = kinds_by_symbol(disassembled(_C.__file__))
     assert strays(counts) == []
     # Each kernel has what it is named for; an extension without symbols would have nothing.
     found = {(namespace_of(symbol), kind) for symbol, kind in counts}
