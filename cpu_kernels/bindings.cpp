@@ -46,7 +46,7 @@ constexpr int kMaxSignatureTables = 256;
 Isa resolve_isa(const std::string& name) {
   if (name == "auto") return best_isa();
   std::string available;
-  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {
+  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_vpopcnt}) {
     if (!isa_available(isa)) continue;
     if (name == isa_name(isa)) return isa;
     available += std::string(", ") + isa_name(isa);
@@ -366,7 +366,8 @@ PYBIND11_MODULE(_C, m) {
   py::enum_<Isa>(m, "Isa")
       .value("portable", Isa::portable)
       .value("avx2", Isa::avx2)
-      .value("avx512", Isa::avx512);
+      .value("avx512", Isa::avx512)
+      .value("avx512_vpopcnt", Isa::avx512_vpopcnt);
   m.def("resolve_isa", &resolve_isa, arg("name"));
 
   py::class_<ThreadPool, std::shared_ptr<ThreadPool>>(m, "ThreadPool")

@@ -93,6 +93,12 @@ extern const Kernels kernels;
 namespace avx2 {
 extern const Kernels kernels;
 }
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512_vpopcnt {
+extern const Kernels kernels;
+}
 #endif
 
 /// The kernels of an available ISA.

@@ -19,7 +19,7 @@ namespace magicpig {
 
 // ---------------------------------------------------------------- instruction sets (dispatch.cpp)
 
-enum class Isa { portable, avx2, avx512 };
+enum class Isa { portable, avx2, avx512, avx512_vpopcnt };
 
 const char* isa_name(Isa isa);
 /// Whether the ISA is built into this extension and runs on this CPU.

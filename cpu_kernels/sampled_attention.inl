@@ -7,6 +7,18 @@ inline int smaller(int a, int b) { return a < b ? a : b; }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
+/// Whether a row can end within a vector: head sizes are multiples of 8.
+constexpr bool kRaggedRows = kLanes > 8;
+
+/// Calls body(d, lanes) for each vector of a row. Full ones cost no masking.
+template <class Body>
+inline void for_each_vector(int head_size, const Body& body) {
+  int d = 0;
+  for (; d + kLanes <= head_size; d += kLanes) body(d, AllLanes{});
+  if constexpr (kRaggedRows)
+    if (d < head_size) body(d, first_lanes(head_size - d));
+}
+
 // ------------------------------------------------------------------------------------- elementary
 
 /// e^x for x <= 0, relative error below 2e-7 (Cephes expf); 0 below -87. NaN stays NaN.
@@ -344,21 +356,21 @@ inline void dot_products(const AttendArgs& args, const float* queries, const uin
     }
     Vec sums[kAccumulators];
     for (int i = 0; i < kAccumulators; ++i) sums[i] = broadcast(0.0f);
-    for (int d = 0; d < head_size; d += kLanes) {
+    for_each_vector(head_size, [&](int d, auto lanes) {
       Vec center = broadcast(0.0f);
-      if constexpr (kWeighted) center = load(args.weighting->center + d);
+      if constexpr (kWeighted) center = load(args.weighting->center + d, lanes);
       for (int i = 0; i < kRows; ++i) {
-        Vec k = load_row(Element{}, row[i] + d * Element::kBytes);
+        Vec k = load_row(Element{}, row[i] + d * Element::kBytes, lanes);
         if constexpr (kWeighted) {
           k = k - center;
           sums[kRows + i] = multiply_add(k, k, sums[kRows + i]);
         }
         for (int h = 0; h < kHeads; ++h) {
-          const Vec q = load(queries + h * head_size + d);
+          const Vec q = load(queries + h * head_size + d, lanes);
           sums[h * kRows + i] = multiply_add(k, q, sums[h * kRows + i]);
         }
       }
-    }
+    });
     float totals[kAccumulators];
     sum_lanes_of_8(sums, totals);
     for (int h = 0; h < kHeads; ++h)
@@ -395,8 +407,9 @@ inline void softmax_step(const AttendArgs& args, int num_rows, Logits& logits, f
     store(shrink, exp_of_negative(broadcast(softmax.max) - broadcast(max)));
     softmax.max = max;
     softmax.sum *= shrink[0];
-    for (int d = 0; d < args.head_size; d += kLanes)
-      store(acc + d, load(acc + d) * broadcast(shrink[0]));
+    for_each_vector(args.head_size, [&](int d, auto lanes) {
+      store(acc + d, load(acc + d, lanes) * broadcast(shrink[0]), lanes);
+    });
   }
   Vec sum = broadcast(0.0f);
   for (int i = 0; i < num_rows; i += kLanes) {
@@ -412,23 +425,28 @@ template <class Element, int kHeads, int kColumns>
 inline void accumulate_values(const uint8_t* const* rows, int num_rows, const Logits& weights,
                               int head_size, int d, float* acc) {
   const size_t value_offset = static_cast<size_t>(head_size) * Element::kBytes;
-  for (; d + kColumns * kLanes <= head_size; d += kColumns * kLanes) {
+  const auto add_columns = [&](auto lanes) {
     Vec sums[kHeads][kColumns];
     for (int h = 0; h < kHeads; ++h)
-      for (int c = 0; c < kColumns; ++c) sums[h][c] = load(acc + h * head_size + d + c * kLanes);
+      for (int c = 0; c < kColumns; ++c)
+        sums[h][c] = load(acc + h * head_size + d + c * kLanes, lanes);
     for (int r = 0; r < num_rows; ++r) {
       const uint8_t* value = rows[r] + value_offset + static_cast<size_t>(d) * Element::kBytes;
       for (int c = 0; c < kColumns; ++c) {
-        const Vec v = load_row(Element{}, value + c * kLanes * Element::kBytes);
+        const Vec v = load_row(Element{}, value + c * kLanes * Element::kBytes, lanes);
         for (int h = 0; h < kHeads; ++h)
           sums[h][c] = multiply_add(v, broadcast(weights.dot[h][r]), sums[h][c]);
       }
     }
     for (int h = 0; h < kHeads; ++h)
-      for (int c = 0; c < kColumns; ++c) store(acc + h * head_size + d + c * kLanes, sums[h][c]);
-  }
+      for (int c = 0; c < kColumns; ++c)
+        store(acc + h * head_size + d + c * kLanes, sums[h][c], lanes);
+  };
+  for (; d + kColumns * kLanes <= head_size; d += kColumns * kLanes) add_columns(AllLanes{});
   if constexpr (kColumns > 1)
     accumulate_values<Element, kHeads, kColumns / 2>(rows, num_rows, weights, head_size, d, acc);
+  else if constexpr (kRaggedRows)
+    if (d < head_size) add_columns(first_lanes(head_size - d));
 }
 
 template <class Element, int kHeads, bool kWeighted>

@@ -2,8 +2,9 @@
 //
 // Included by sampled_attention.inl, inside the namespace of an ISA and after its target pragma:
 // hence no includes and no include guard. Another ISA adds a branch that defines the same names
-// (kLanes may differ: the .inl walks arrays in steps of kLanes and passes the number of valid lanes
-// at ragged ends).
+// (kLanes may differ: the .inl walks arrays in steps of kLanes. Head sizes are multiples of 8, so
+// that rows end within a vector for more lanes than that: such an ISA also loads and stores under a
+// Mask, which touches nothing beyond its lanes).
 
 /// Row elements, by the name of their type.
 struct Float32 {
@@ -15,6 +16,9 @@ struct BFloat16 {
 struct Float16 {
   static constexpr int kBytes = 2;
 };
+
+/// In the place of a Mask: a full vector.
+struct AllLanes {};
 
 #if defined(MAGICPIG_SIMD_AVX2)
 
@@ -175,6 +179,176 @@ inline void store_bytes(uint8_t* p, Tile16 counts) {
 inline uint32_t take_at_least(uint8_t* counters, int threshold) {
   __m256i* v = reinterpret_cast<__m256i*>(counters);
   const uint32_t bits = at_least(_mm256_loadu_si256(v), threshold);
+  _mm256_storeu_si256(v, _mm256_setzero_si256());
+  return bits;
+}
+
+#elif defined(MAGICPIG_SIMD_AVX512)
+
+// Only what SIMDe 0.8.2 has (intrinsics_avx512.h): no reductions, no _mm512_cmpeq_epi16_mask.
+
+constexpr int kLanes = 16;
+
+struct Vec {
+  __m512 v;
+};
+struct IntVec {
+  __m512i v;
+};
+struct Mask {
+  __mmask16 v;
+};
+
+inline Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
+inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Vec load(const float* p, Mask lanes) { return {_mm512_maskz_loadu_ps(lanes.v, p)}; }
+inline void store(float* p, Vec x) { _mm512_storeu_ps(p, x.v); }
+inline void store(float* p, Vec x, Mask lanes) { _mm512_mask_storeu_ps(p, lanes.v, x.v); }
+
+inline Vec load_row(Float32, const uint8_t* p) { return load(reinterpret_cast<const float*>(p)); }
+inline Vec load_row(Float32, const uint8_t* p, Mask lanes) {
+  return load(reinterpret_cast<const float*>(p), lanes);
+}
+inline __m256i load_halves(const uint8_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+inline __m256i load_halves(const uint8_t* p, Mask lanes) {
+  return _mm256_maskz_loadu_epi16(lanes.v, p);
+}
+inline Vec widen(BFloat16, __m256i halves) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))};
+}
+inline Vec widen(Float16, __m256i halves) { return {_mm512_cvtph_ps(halves)}; }
+inline Vec load_row(BFloat16 type, const uint8_t* p) { return widen(type, load_halves(p)); }
+inline Vec load_row(BFloat16 type, const uint8_t* p, Mask lanes) {
+  return widen(type, load_halves(p, lanes));
+}
+inline Vec load_row(Float16 type, const uint8_t* p) { return widen(type, load_halves(p)); }
+inline Vec load_row(Float16 type, const uint8_t* p, Mask lanes) {
+  return widen(type, load_halves(p, lanes));
+}
+
+inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec square_root(Vec x) { return {_mm512_sqrt_ps(x.v)}; }
+inline Vec absolute(Vec x) { return {_mm512_andnot_ps(_mm512_set1_ps(-0.0f), x.v)}; }
+inline Vec round_nearest(Vec x) {
+  return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+inline Vec maximum(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Vec minimum(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+
+inline Mask less(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+inline Mask first_lanes(int n) {
+  return {static_cast<__mmask16>(n < kLanes ? (1u << n) - 1 : 0xffffu)};
+}
+inline Vec select(Mask mask, Vec yes, Vec no) {
+  return {_mm512_mask_blend_ps(mask.v, no.v, yes.v)};
+}
+
+inline IntVec truncate(Vec x) { return {_mm512_cvttps_epi32(x.v)}; }
+inline Vec to_float(IntVec x) { return {_mm512_cvtepi32_ps(x.v)}; }
+inline Vec gather(const float* table, IntVec index) {
+  return {_mm512_i32gather_ps(index.v, table, 4)};
+}
+inline Vec power_of_two(Vec e) {
+  const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(e.v), _mm512_set1_epi32(127));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
+}
+inline Vec split_exponent(Vec x, Vec* exponent) {
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i e = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(0x3f3504f3)), 23);
+  *exponent = {_mm512_cvtepi32_ps(e)};
+  return {_mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(e, 23)))};
+}
+
+inline __m256 low_half(__m512 x) { return _mm512_castps512_ps256(x); }
+inline __m256 high_half(__m512 x) { return _mm512_extractf32x8_ps(x, 1); }
+inline float max_lane(Vec x) {
+  const __m256 half = _mm256_max_ps(low_half(x.v), high_half(x.v));
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+inline float sum_lanes(Vec x) {
+  const __m256 half = _mm256_add_ps(low_half(x.v), high_half(x.v));
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+/// The halves of a and of b, each added up: a's in the low half.
+inline __m512 add_halves(__m512 a, __m512 b) {
+  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, _MM_SHUFFLE(1, 0, 1, 0)),
+                       _mm512_shuffle_f32x4(a, b, _MM_SHUFFLE(3, 2, 3, 2)));
+}
+/// What _mm512_hadd_ps would be, but for the order of its lanes.
+inline __m512 add_pairs(__m512 a, __m512 b) {
+  return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+}
+inline void sum_lanes_of_8(const Vec (&x)[8], float* out) {
+  // Of each quarter of these, two belong to x[i] and two to x[i + 4].
+  const __m512 x04 = add_halves(x[0].v, x[4].v), x15 = add_halves(x[1].v, x[5].v);
+  const __m512 x26 = add_halves(x[2].v, x[6].v), x37 = add_halves(x[3].v, x[7].v);
+  const __m512 even = add_pairs(x04, x26), odd = add_pairs(x15, x37);
+  const __m512 quarters = add_pairs(even, odd);  // x[0..3], x[0..3], x[4..7], x[4..7]
+  const __m512 swapped = _mm512_shuffle_f32x4(quarters, quarters, _MM_SHUFFLE(3, 1, 2, 0));
+  _mm256_storeu_ps(out, _mm256_add_ps(low_half(swapped), high_half(swapped)));
+}
+
+inline uint32_t positive_bits_of_8(const float* x) {
+  return _mm256_cmp_ps_mask(_mm256_loadu_ps(x), _mm256_setzero_ps(), _CMP_GT_OQ);
+}
+
+struct Tile16 {
+  __m512i v;
+};
+inline Tile16 zero_tile() { return {_mm512_setzero_si512()}; }
+inline Tile16 load_tile(const uint16_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Tile16 broadcast_tile(uint16_t x) { return {_mm512_set1_epi16(static_cast<short>(x))}; }
+#if defined(MAGICPIG_SIMD_AVX512_VPOPCNT)
+inline Tile16 add_differing_bits(Tile16 sums, Tile16 words, Tile16 query) {
+  const __m512i differing = _mm512_popcnt_epi16(_mm512_xor_si512(words.v, query.v));
+  return {_mm512_add_epi16(sums.v, differing)};
+}
+inline Tile16 scores_of_differing(Tile16 sums, int most) {
+  return {_mm512_subs_epu16(_mm512_set1_epi16(static_cast<short>(most)), sums.v)};
+}
+#else
+inline Tile16 add_differing_bits(Tile16 sums, Tile16 words, Tile16 query) {
+  const __m512i bits_of_nibble =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+  const __m512i nibble = _mm512_set1_epi8(15);
+  const __m512i x = _mm512_xor_si512(words.v, query.v);
+  const __m512i low = _mm512_and_si512(x, nibble);
+  const __m512i high = _mm512_and_si512(_mm512_srli_epi16(x, 4), nibble);
+  return {_mm512_add_epi8(sums.v, _mm512_add_epi8(_mm512_shuffle_epi8(bits_of_nibble, low),
+                                                  _mm512_shuffle_epi8(bits_of_nibble, high)))};
+}
+inline Tile16 scores_of_differing(Tile16 sums, int most) {
+  // Here the two bytes of a token were summed apart.
+  const __m512i bits = _mm512_add_epi16(_mm512_and_si512(sums.v, _mm512_set1_epi16(255)),
+                                        _mm512_srli_epi16(sums.v, 8));
+  return {_mm512_subs_epu16(_mm512_set1_epi16(static_cast<short>(most)), bits)};
+}
+#endif
+inline void store_bytes(uint8_t* p, Tile16 counts) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi16_epi8(counts.v));
+}
+inline Tile16 count_equal(Tile16 counts, Tile16 codes, uint16_t code) {
+  const __mmask32 equal =
+      _mm512_cmpeq_epu16_mask(codes.v, _mm512_set1_epi16(static_cast<short>(code)));
+  return {_mm512_mask_add_epi16(counts.v, equal, counts.v, _mm512_set1_epi16(1))};
+}
+inline uint32_t at_least(Tile16 counts, int threshold) {
+  return _mm512_cmpge_epu16_mask(counts.v, _mm512_set1_epi16(static_cast<short>(threshold)));
+}
+inline uint32_t take_at_least(uint8_t* counters, int threshold) {
+  __m256i* v = reinterpret_cast<__m256i*>(counters);
+  const __m256i t = _mm256_set1_epi8(static_cast<char>(threshold));
+  const uint32_t bits = _mm256_cmpge_epu8_mask(_mm256_loadu_si256(v), t);
   _mm256_storeu_si256(v, _mm256_setzero_si256());
   return bits;
 }
@@ -346,3 +520,10 @@ inline uint32_t take_at_least(uint8_t* counters, int threshold) {
 }
 
 #endif
+
+inline Vec load(const float* p, AllLanes) { return load(p); }
+inline void store(float* p, Vec x, AllLanes) { store(p, x); }
+template <class Element>
+inline Vec load_row(Element type, const uint8_t* p, AllLanes) {
+  return load_row(type, p);
+}

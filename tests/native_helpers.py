@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ def isa_or_none(name: str) -> _C.Isa | None:
         return None
 
 
+ISA_NAMES = ("portable", "avx2", "avx512", "avx512_vpopcnt")
 each_isa = pytest.mark.parametrize(
     "isa",
     [
@@ -29,16 +31,19 @@ each_isa = pytest.mark.parametrize(
             id=name,
             marks=pytest.mark.skipif(isa_or_none(name) is None, reason=f"this CPU has no {name}"),
         )
-        for name in ("portable", "avx2")
+        for name in ISA_NAMES
     ],
 )
 
 
+MISSING_ISAS = [name for name in ISA_NAMES if isa_or_none(name) is None]
+
+
 @functools.cache
-def pool(num_threads: int = 2) -> _C.ThreadPool:
+def pool(num_threads: int = 2, native: ModuleType = _C) -> _C.ThreadPool:
     """Threads on the CPUs of this process; more threads than CPUs share them."""
     cpus = sorted(os.sched_getaffinity(0))
-    return _C.ThreadPool([cpus[i % len(cpus)] for i in range(num_threads)])
+    return native.ThreadPool([cpus[i % len(cpus)] for i in range(num_threads)])
 
 
 def row_bits(rows: torch.Tensor) -> npt.NDArray:
@@ -54,13 +59,13 @@ class Rule:
     row_budget: float = 0.0
     seed: int = 0
 
-    def native(self, num_bits: int, num_tables: int) -> _C.SampleRule:
-        return _C.SampleRule(inclusion_table(num_bits, num_tables), **vars(self))
+    def native(self, num_bits: int, num_tables: int, native: ModuleType = _C) -> _C.SampleRule:
+        return native.SampleRule(inclusion_table(num_bits, num_tables, native), **vars(self))
 
 
 @functools.cache
-def inclusion_table(num_bits: int, num_tables: int) -> _C.InclusionTable:
-    return _C.InclusionTable(num_bits, num_tables)
+def inclusion_table(num_bits: int, num_tables: int, native: ModuleType = _C) -> _C.InclusionTable:
+    return native.InclusionTable(num_bits, num_tables)
 
 
 def native_codes(codes: torch.Tensor, num_bits: int) -> npt.NDArray[np.uint16]:
@@ -73,7 +78,10 @@ def native_codes(codes: torch.Tensor, num_bits: int) -> npt.NDArray[np.uint16]:
 
 @dataclass
 class Layer:
-    """Pages of one layer and their native index. No block is written by two owners at once."""
+    """Pages of one layer and their native index. No block is written by two owners at once.
+
+    native: the extension, or another build of it.
+    """
 
     num_blocks: int
     num_kv_heads: int = 1
@@ -83,6 +91,7 @@ class Layer:
     block_size: int = 32
     segment_tokens: int = 64
     dtype: torch.dtype = torch.float32
+    native: ModuleType = _C
     memory: npt.NDArray[np.uint8] = field(init=False)
     pages: _C.Pages = field(init=False)
     index: _C.LshIndex | None = field(init=False)
@@ -90,14 +99,20 @@ class Layer:
     def __post_init__(self) -> None:
         name = str(self.dtype).removeprefix("torch.")
         words = self.num_tables // 16 if self.num_bits == 1 else self.num_tables
-        size = _C.Pages.chunk_bytes(name, self.block_size, self.head_size, words)
+        size = self.native.Pages.chunk_bytes(name, self.block_size, self.head_size, words)
         # Poison: what was never written must never show. And 2 bytes more than needed, so that no
         # chunk but the first is aligned.
         self.memory = np.full((self.num_blocks, self.num_kv_heads, size + 2), 0xA5, np.uint8)
-        self.pages = _C.Pages(self.memory, name, self.block_size, self.head_size, words)
+        self.pages = self.native.Pages(self.memory, name, self.block_size, self.head_size, words)
         self.index = None  # K = 1 has no buckets
         if self.num_bits > 1:
-            self.index = _C.LshIndex(self.pages, self.num_bits, self.segment_tokens)
+            self.index = self.native.LshIndex(self.pages, self.num_bits, self.segment_tokens)
+
+    def rule(self, rule: Rule) -> _C.SampleRule:
+        return rule.native(self.num_bits, self.num_tables, self.native)
+
+    def pool(self, num_threads: int = 2) -> _C.ThreadPool:
+        return pool(num_threads, self.native)
 
     def slots(self, blocks: npt.ArrayLike, start: int, stop: int) -> npt.NDArray[np.int64]:
         tokens = np.arange(start, stop)
@@ -107,7 +122,8 @@ class Layer:
     def store_codes(self, blocks: npt.ArrayLike, start: int, codes: torch.Tensor) -> None:
         """codes: integer [num_kv_heads, num_tokens, L]."""
         slots = self.slots(blocks, start, start + codes.shape[1])
-        self.pages.store_codes(native_codes(codes.transpose(0, 1), self.num_bits), slots, pool())
+        native = native_codes(codes.transpose(0, 1), self.num_bits)
+        self.pages.store_codes(native, slots, self.pool())
 
     def store_rows(
         self, blocks: npt.ArrayLike, start: int, keys: torch.Tensor, values: torch.Tensor
@@ -115,7 +131,7 @@ class Layer:
         """keys, values: [num_kv_heads, num_tokens, head_size]."""
         slots = self.slots(blocks, start, start + keys.shape[1])
         key, value = row_bits(keys.transpose(0, 1)), row_bits(values.transpose(0, 1))
-        self.pages.store_rows(key, value, slots, pool())
+        self.pages.store_rows(key, value, slots, self.pool())
 
     def sample(
         self,
@@ -128,15 +144,15 @@ class Layer:
         scan: bool = False,
     ) -> list[list[npt.NDArray[np.int32]]]:
         """query_codes: integer [num_reqs, num_q_heads, L]; scan: without the index."""
-        samples = _C.sample(
+        samples = self.native.sample(
             self.pages,
-            rule.native(self.num_bits, self.num_tables),
+            self.rule(rule),
             None if scan else self.index,
             native_codes(query_codes, self.num_bits),
             np.asarray(block_tables, np.int32),
             np.asarray(seq_lens, np.int32),
             isa=isa,
-            pool=pool(num_threads),
+            pool=self.pool(num_threads),
         )
         return [[positions for positions, _, _ in heads] for heads in samples]
 

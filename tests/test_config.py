@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from native_helpers import ISA_NAMES
 
 from vllm_magicpig.config import MagicPigOptions, parse_options
 
@@ -82,6 +83,11 @@ def test_a_wrong_value_is_named_with_what_is_allowed(name: str, value: Any) -> N
     assert sentence.startswith(f"magicpig option {name} is {value!r}, but must be ")
     assert sentence.endswith("; correct it in --additional-config.")
     assert "\n" not in sentence
+
+
+@pytest.mark.parametrize("isa", ["auto", *ISA_NAMES])
+def test_every_instruction_set_has_its_name(isa: str) -> None:
+    assert parse(isa=isa).isa == isa
 
 
 def test_min_matches_cannot_exceed_the_tables() -> None:

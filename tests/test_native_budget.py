@@ -5,6 +5,8 @@ A budget takes the best matches of the sample, and of the last ones an even shar
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
@@ -28,6 +30,7 @@ class World:
         group: int = 4,
         segment_tokens: int = 256,
         seed: int = 0,
+        native: ModuleType = _C,
     ) -> None:
         num_bits, num_tables = setting
         generator = torch.Generator().manual_seed(seed)
@@ -40,6 +43,7 @@ class World:
             num_bits=num_bits,
             segment_tokens=segment_tokens,
             head_size=32,
+            native=native,
         )
         self.query = torch.randn(1, 2 * group, 32, generator=generator)
         leaning = torch.rand(2, num_tokens, 1, generator=generator) ** 4
@@ -59,7 +63,9 @@ class World:
 
     def seal(self) -> None:
         if self.layer.index is not None:
-            self.layer.index.seal(self.tables, np.array([self.num_tokens], np.int32), pool())
+            self.layer.index.seal(
+                self.tables, np.array([self.num_tokens], np.int32), self.layer.pool()
+            )
 
     def expected(self, rule: Rule) -> tuple[torch.Tensor, list[tuple[int, float]]]:
         """bool [num_q_heads, num_tokens] and thresholds."""
@@ -86,15 +92,15 @@ class World:
     def check_sample(self, rule: Rule, isa: _C.Isa, num_threads: int = 2) -> None:
         mask, thresholds = self.expected(rule)
         for index in {self.layer.index, None}:
-            (heads,) = _C.sample(
+            (heads,) = self.layer.native.sample(
                 self.layer.pages,
-                rule.native(self.layer.num_bits, self.layer.num_tables),
+                self.layer.rule(rule),
                 index,
                 native_codes(self.query_codes, self.layer.num_bits),
                 self.tables,
                 np.array([self.num_tokens], np.int32),
                 isa=isa,
-                pool=pool(num_threads),
+                pool=self.layer.pool(num_threads),
             )
             for (positions, matches, fraction), row, threshold in zip(
                 heads, mask, thresholds, strict=True
@@ -107,9 +113,9 @@ class World:
         center = torch.zeros(2, 32)
         out = np.full(self.query.shape, np.nan, np.float32)
         lse = np.full(self.query.shape[:2], np.nan, np.float32)
-        rows, _, _ = _C.decode_attention(
+        rows, _, _ = self.layer.native.decode_attention(
             self.layer.pages,
-            rule.native(self.layer.num_bits, self.layer.num_tables),
+            self.layer.rule(rule),
             self.layer.index,
             self.query.numpy(),
             native_codes(self.query_codes, self.layer.num_bits),
@@ -121,7 +127,7 @@ class World:
             scale=0.2,
             exact_below=0,
             isa=isa,
-            pool=pool(),
+            pool=self.layer.pool(),
         )
         expected_out, expected_lse = reference.sampled_attention(
             self.query[0],

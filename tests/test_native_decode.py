@@ -13,7 +13,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from native_helpers import Layer, Rule, each_isa, isa_or_none, native_codes, pool
+from native_helpers import Layer, Rule, each_isa, native_codes
 
 from vllm_magicpig import _C, reference
 
@@ -60,7 +60,7 @@ class Batch:
         return self.layer.head_size**-0.5
 
     def seal(self) -> None:
-        self.layer.index.seal(self.tables, np.array(self.lengths, np.int32), pool())
+        self.layer.index.seal(self.tables, np.array(self.lengths, np.int32), self.layer.pool())
 
     def decode(
         self,
@@ -70,13 +70,13 @@ class Batch:
         num_threads: int = 2,
     ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
         """(out, lse, rows); rule None is the exact mode."""
-        layer = self.layer
+        layer, native = self.layer, self.layer.native
         out = np.full(self.query.shape, np.nan, np.float32)
         lse = np.full(self.query.shape[:2], np.nan, np.float32)
         sampled = rule is not None
-        rows, lookup_ns, attention_ns = _C.decode_attention(
+        rows, lookup_ns, attention_ns = native.decode_attention(
             layer.pages,
-            rule.native(layer.num_bits, layer.num_tables) if rule else None,
+            layer.rule(rule) if rule else None,
             layer.index if sampled else None,
             self.query.numpy(),
             native_codes(self.query_codes, layer.num_bits) if sampled else None,
@@ -88,7 +88,7 @@ class Batch:
             scale=self.scale,
             exact_below=exact_below,
             isa=isa,
-            pool=pool(num_threads),
+            pool=layer.pool(num_threads),
         )
         assert lookup_ns >= 0
         assert attention_ns > 0 or sum(self.lengths) == 0
@@ -209,14 +209,14 @@ def test_two_python_threads_take_turns() -> None:
     assert not differing
 
 
-@pytest.mark.skipif(isa_or_none("avx2") is None, reason="this CPU has no avx2")
+@each_isa
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_instruction_sets_agree(dtype: torch.dtype) -> None:
+def test_instruction_sets_agree(isa: _C.Isa, dtype: torch.dtype) -> None:
     layer = Layer(200, 2, num_tables=30, num_bits=5, head_size=80, dtype=dtype)
     batch = Batch(layer, group=4, lengths=[6000])
     for rule in (None, Rule()):
         out, lse, rows = batch.decode(_C.Isa.portable, rule)
-        other_out, other_lse, other_rows = batch.decode(_C.Isa.avx2, rule)
+        other_out, other_lse, other_rows = batch.decode(isa, rule)
         np.testing.assert_array_equal(rows, other_rows)
         np.testing.assert_allclose(out, other_out, rtol=0, atol=2e-5)
         np.testing.assert_allclose(lse, other_lse, rtol=0, atol=2e-5)

@@ -67,12 +67,17 @@ SETTINGS = [
 def test_log_u_is_within_1e_5_of_the_reference(
     isa: _C.Isa, setting: tuple[int, int, int], fraction: float
 ) -> None:
+    check_log_u(inclusion_table(*setting[:2]), isa, setting, fraction)
+
+
+def check_log_u(
+    table: _C.InclusionTable, isa: _C.Isa, setting: tuple[int, int, int], fraction: float = 1.0
+) -> None:
     """Of max(1, |log u|), over all cosines: a fine grid, and finer towards both ends. The error of p
     itself comes in t K / p times: cpu_kernels/inclusion_table.cpp."""
     near_one = 1 - np.logspace(-7.2, -2, 2000)
     cosine = np.concatenate([np.linspace(-1, 1, 20001), near_one, -near_one, [0.0, -0.0]])
     cosine = cosine.astype(np.float32)
-    table = inclusion_table(*setting[:2])
     found = table.log_u(cosine, setting[2], fraction, isa)
     p = 1 - torch.arccos(torch.from_numpy(cosine).double()) / math.pi
     expected = reference.log_mixed_inclusion_probability(p, *setting, fraction).numpy()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from native_helpers import Rule, pool
+from native_helpers import MISSING_ISAS, Rule, pool
 from stream_helpers import CPUS
 
 from vllm_magicpig import _C
@@ -173,7 +173,7 @@ LAYERS = [
     ({"rule": Rule().native(4, 4)}, "rule is for K = 4, but the index for K = 3"),
     ({"exact_below": -1}, "exact_below is -1"),
     ({"scale": float("inf")}, "scale is inf"),
-    ({"isa": _C.Isa.avx512}, "isa is avx512"),
+    *(({"isa": getattr(_C.Isa, name)}, f"isa is {name}, ") for name in MISSING_ISAS),
     ({"exchange": exchange(query=zeros(3, 3, 16), out=zeros(3, 3, 16), **NO_CODES)}, "is 3"),
     ({"exchange": exchange(**NO_CODES)}, "codes of 0 words, but the pages of 4"),
     ({"exchange": exchange(**HALVES)}, "2-byte elements, but the pages of 4"),

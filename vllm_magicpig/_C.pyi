@@ -20,6 +20,7 @@ class Isa:
     portable: Isa
     avx2: Isa
     avx512: Isa
+    avx512_vpopcnt: Isa
     @property
     def name(self) -> str: ...
 

@@ -94,7 +94,7 @@ _INT_RANGES = {
 _MOST_BUCKETED_TABLES = 255  # matches are counted in bytes
 _INDEXES = ("auto", "buckets", "scan")
 _SCAN_DEFAULTS = {"K": 1, "L": 256, "rows": 0.01}
-_ISAS = ("auto", "avx512", "avx2", "portable")
+_ISAS = ("auto", "avx512_vpopcnt", "avx512", "avx2", "portable")
 
 
 def parse_options(additional_config: Any) -> MagicPigOptions:

@@ -1,0 +1,37 @@
+// The kernels for AVX-512 F, BW, VL, DQ and CD: every AVX-512 server.
+#if defined(__x86_64__)
+
+#include <string.h>
+
+#include "intrinsics_avx512.h"
+#include "kernels.h"
+
+// After the includes and never popped, as in sampled_attention_avx2.cpp. SIMDe's headers go by what
+// the whole file is compiled for: its flags are on the command line then.
+#if defined(MAGICPIG_SIMDE)
+#elif defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512cd," \
+                                                   "avx2,fma,f16c"))),                            \
+                             apply_to = function)
+#else
+#pragma GCC target(                                \
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512cd," \
+    "avx2,fma,f16c")
+#endif
+
+#define MAGICPIG_SIMD_AVX512
+
+namespace magicpig::avx512 {
+namespace {
+#include "sampled_attention.inl"
+}  // namespace
+
+const Kernels kernels = {pack_codes, log_u, match_segment, match_tiles, match_signatures, attend};
+
+}  // namespace magicpig::avx512
+
+#if defined(__clang__) && !defined(MAGICPIG_SIMDE)
+#pragma clang attribute pop
+#endif
+
+#endif  // x86-64
