@@ -3,6 +3,7 @@ over the same rows, and the reference layout's lookup."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -62,25 +63,30 @@ SCANS = [(1, 128), (1, 256)]
 # -------------------------------------------------------------------------------- the native API
 
 
-def knows_budgets() -> bool:
-    """Whether this build has row budgets and the scan; older ones have native samples and buckets.
+def takes(function: Any, argument: str) -> bool:
+    """Whether this build's native function has an argument of that name, by pybind11's signature.
 
-    Everything that depends on it is between these rules, so that the older half can be deleted.
+    Builds differ: row budgets and the scan, the index's levels, and tables without min_matches came one
+    after another. What depends on it is between these rules, so that the older halves can be deleted.
     """
-    return "row_budget" in (_C.decode_attention.__doc__ or "")
+    return f"{argument}:" in (function.__doc__ or "")
+
+
+def knows_budgets() -> bool:
+    return takes(_C.decode_attention, "row_budget")
 
 
 def available(configs: Sequence[Config]) -> list[Config]:
     """Those that this build can run; says which ones it cannot."""
     if knows_budgets():
         return list(configs)
-    left_out = [c.name for c in configs if c.is_scan or c.rows is not None]
+    left_out = ", ".join(c.name for c in configs if c.is_scan or c.rows is not None)
     if left_out:
-        print(f"not in this build of vllm_magicpig, left out: {', '.join(left_out)}")
+        print(f"left out, not in this build of vllm_magicpig: {left_out}", file=sys.stderr)
     return [c for c in configs if not c.is_scan and c.rows is None]
 
 
-def _sampling_arguments(config: Config) -> dict[str, Any]:
+def sampling_arguments(config: Config) -> dict[str, Any]:
     """Keyword arguments of decode_attention and StreamLayer."""
     arguments: dict[str, Any] = {
         "min_matches": MIN_MATCHES,
@@ -92,16 +98,17 @@ def _sampling_arguments(config: Config) -> dict[str, Any]:
     return arguments
 
 
-def _inclusion_table(config: Config) -> _C.InclusionTable:
-    sizes = (config.K, config.L) if knows_budgets() else (config.K, config.L, MIN_MATCHES)
-    return _C.InclusionTable(*sizes)
+def inclusion_table(config: Config) -> _C.InclusionTable:
+    if takes(_C.InclusionTable.__init__, "min_matches"):
+        return _C.InclusionTable(config.K, config.L, MIN_MATCHES)
+    return _C.InclusionTable(config.K, config.L)
 
 
 def make_index(pages: _C.Pages, config: Config, level: int | None = None) -> _C.LshIndex | None:
     """The index as it is served, or with segments of one size; None for a scan."""
     if config.is_scan:
         return None
-    if knows_budgets():
+    if takes(_C.LshIndex.__init__, "levels"):
         return _C.LshIndex(pages, config.K, levels=LEVELS if level is None else [level])
     return _C.LshIndex(pages, config.K, level or lsh_index.segment_tokens(BLOCK_SIZE))
 
@@ -181,7 +188,7 @@ class SampledLayer:
         )
         # One centre for all requests, as in a server.
         self.center = requests[0].center
-        self.table = _inclusion_table(config)
+        self.table = inclusion_table(config)
         projection = self.projection(isa, pool)
         for number, request in enumerate(requests):
             num_tokens = request.num_tokens if num_stored is None else num_stored
@@ -213,9 +220,6 @@ class SampledLayer:
         self.pages.store_rows(row_bits(keys), row_bits(values), slots, pool)
         self.pages.store_codes(projection.hash_keys(keys, self.center), slots, pool)
 
-    def sampling(self) -> dict[str, Any]:
-        return _sampling_arguments(self.config)
-
     @property
     def row_bytes(self) -> int:
         """K and V of one token and kv head."""
@@ -235,8 +239,16 @@ class SampledLayer:
 class Decoder:
     """Decode steps of a SampledLayer with one instruction set and one set of threads."""
 
-    def __init__(self, layer: SampledLayer, isa: _C.Isa, pool: _C.ThreadPool) -> None:
+    def __init__(
+        self,
+        layer: SampledLayer,
+        isa: _C.Isa,
+        pool: _C.ThreadPool,
+        config: Config | None = None,
+    ) -> None:
+        """config: the layer's with another share of rows, the layer's own by default."""
         self.layer, self._isa, self._pool = layer, isa, pool
+        self._sampling = sampling_arguments(config or layer.config)
         self.projection = layer.projection(isa, pool)
 
     def hash_queries(self, query: torch.Tensor) -> npt.NDArray[np.uint16]:
@@ -267,7 +279,7 @@ class Decoder:
             exact_below=1,
             isa=self._isa,
             pool=self._pool,
-            **layer.sampling(),
+            **self._sampling,
         )
         return Decoded(out.to(query.dtype), rows, lookup_ns, attend_ns)
 
