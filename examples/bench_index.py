@@ -89,9 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         given.error_steps, given.generate = 2, [2048, 3072]
     cpus = cores()
     cpus = cpus[: given.threads or len(cpus)]
+    report = Report("bench_index", given.output, argv, [len(cpus)])
     use_cpus(cpus)
     native = load_native()
-    report = Report("bench_index", given.output, argv, [len(cpus)])
     run = {
         "build": part_build,
         "background": part_background,

@@ -340,10 +340,10 @@ class DenseLayer:
             enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
         )
 
-    def decode(self, query: torch.Tensor) -> torch.Tensor:
-        """bfloat16 [num_reqs, num_q_heads, head_size]."""
+    def decode(self, query: torch.Tensor, output: torch.Tensor | None = None) -> torch.Tensor:
+        """bfloat16 [num_reqs, num_q_heads, head_size], like the query; into `output` if given."""
         assert self._metadata is not None, "start_step comes first"
-        output = torch.empty_like(query)
+        output = torch.empty_like(query) if output is None else output
         key_cache, value_cache = self._halves()
         self._ops.cpu_attention_with_kv_cache(
             query=query,

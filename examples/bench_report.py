@@ -15,12 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from compare_report import machine_facts, table
 
 from vllm_magicpig.cpus import one_per_core
+
+Clock: TypeAlias = Callable[[], float]
 
 RESULTS = Path("bench_results")
 EVICT_BYTES = 96 << 20
@@ -93,7 +95,10 @@ class Evictor:
 
 
 def interleave(
-    sides: dict[str, Callable[[int], Any]], repeats: int, evict: Callable[[], None]
+    sides: dict[str, Callable[[int], Any]],
+    repeats: int,
+    evict: Callable[[], None],
+    clock: Clock = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each side, which take turns; the order turns round, so that none always follows the
     same one. A side is called with the number of the repeat, -1 for one that is not timed."""
@@ -105,9 +110,9 @@ def interleave(
             for position in range(len(names)):
                 name = names[(position + max(repeat, 0)) % len(names)]
                 evict()
-                started = time.perf_counter()
+                started = clock()
                 sides[name](repeat)
-                taken = time.perf_counter() - started
+                taken = clock() - started
                 if repeat >= 0:
                     seconds[name].append(taken)
     finally:
@@ -215,6 +220,10 @@ def _plain(value: Any) -> Any:
 
 def median(values: Sequence[float]) -> float:
     return float(statistics.median(values))
+
+
+def upper_quartile(values: Sequence[float]) -> float:
+    return float(np.percentile(values, 75))
 
 
 def tokens_name(num_tokens: int) -> str:
