@@ -12,7 +12,7 @@ help:
 	@echo "make demo MODEL=name-or-path   the same with any Hugging Face model"
 	@echo "make test        set up, run every test (about 12 minutes on two cores)"
 	@echo "make test-fast   without the tests that start a vLLM engine"
-	@echo "make bench       speed and accuracy on this CPU, about 25 minutes; BENCH_ARGS=--quick takes 4"
+	@echo "make bench       speed and accuracy on this CPU, about half an hour; BENCH_ARGS=--quick takes 4 minutes"
 	@echo "make gpu-check   with an NVIDIA GPU: correctness, bandwidths and speed in 8 minutes, and a report"
 	@echo "make lint        ruff, mypy and clang-format"
 	@echo "make setup       .venv with vLLM, this package and its tools"
@@ -36,8 +36,8 @@ test: setup
 test-fast: setup
 	$(VENV)/pytest -q $(PARALLEL) -m "not e2e" $(PYTEST_ARGS)
 
-# One layer about 10 minutes, the index 6, the engine 9; on an idle machine of two cores. Folder of the
-# results: bench_results, or BENCH_ARGS="--output FOLDER".
+# Expected on two idle cores: one layer 10 minutes, the index 6, the engine 9; each JSON says what it took.
+# Folder of the results: bench_results, or BENCH_ARGS="--output FOLDER".
 bench: setup
 	$(VENV)/python examples/bench_decode_attention.py $(BENCH_ARGS)
 	$(VENV)/python examples/bench_index.py $(BENCH_ARGS)

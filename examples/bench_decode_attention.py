@@ -178,6 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     clock = time.thread_time if given.cpu_time else time.perf_counter
     report.add("clock", clock.__name__)
+    if given.cpu_time:
+        print("times of the sides are CPU time; lookups, attend GB/s and bandwidths are wall time")
     report.add("bandwidth_gb_per_s", list(bandwidths.values()))
     print_bandwidths(report, bandwidths)
 
