@@ -255,10 +255,15 @@ def run_engine(plan: Plan, log: Path, take: Callable[[dict[str, Any]], None]) ->
 
 
 @contextmanager
-def process_group(command: list[str], output: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is gone afterwards, with all those it started: they share its session."""
+def process_group(
+    command: list[str], output: Any, **arguments: Any
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is gone afterwards, with all those it started: they share its session.
+
+    arguments: Popen's own.
+    """
     process = subprocess.Popen(
-        command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, **arguments
     )
     try:
         yield process
