@@ -41,14 +41,14 @@ struct Plan {
   int num_tokens;
   bool exact;
   TokenRange middle;  // empty where exact
-  std::vector<LshIndex::SegmentPtr> segments;
+  std::vector<LshIndex::Found> segments;
 
   int num_static_rows() const { return num_tokens - (middle.end - middle.begin); }
   int static_row(int i) const { return i < middle.begin ? i : i - middle.begin + middle.end; }
 
   int static_part_rows;
   int num_static_parts;
-  int sampled_part_tokens = 0;  // a multiple of the segment size
+  int sampled_part_tokens = 0;  // a multiple of the largest level, so that no segment lies in two
   int first_sampled_part = 0;   // counted in sampled_part_tokens from token 0
   int num_sampled_parts = 0;
 
@@ -76,7 +76,7 @@ Plan make_plan(const Requests& requests, int request, const SampleRule* rule, in
       std::max(kStaticPartRows, divide_up(plan.num_static_rows(), kMaxStaticParts));
   plan.num_static_parts = divide_up(plan.num_static_rows(), plan.static_part_rows);
   if (plan.middle.begin < plan.middle.end) {
-    const int stretch = rule->index->segment_tokens();
+    const int stretch = rule->index->levels().back();
     const int tokens = std::max(kSampledPartTokens, divide_up(plan.num_tokens, kMaxSampledParts));
     plan.sampled_part_tokens = divide_up(tokens, stretch) * stretch;
     plan.first_sampled_part = plan.middle.begin / plan.sampled_part_tokens;
@@ -120,21 +120,21 @@ struct Lookup {
 /// sealed stretch is counted by bucket, any other by comparing the codes in the pages. Bits outside
 /// the middle mean nothing.
 void look_up(const Pages& pages, const Plan& plan, int kv_head, TokenRange part,
-             const uint16_t* query_codes, int group, int min_matches, int stretch,
-             const Kernels& kernels, Lookup& lookup) {
+             const uint16_t* query_codes, int group, int min_matches, const Kernels& kernels,
+             Lookup& lookup) {
   const int block_size = pages.layout().block_size;
   const int begin = std::max(part.begin, plan.middle.begin / kTileTokens * kTileTokens);
   const auto bits_at = [&](int token) {
     return MatchBits{lookup.words.data() + (token - part.begin) / kTileTokens, lookup.head_stride};
   };
+  auto segment = plan.segments.begin();
   int token = begin;
   while (token < part.end) {
-    const int start = token / stretch * stretch;
-    const size_t j = static_cast<size_t>(token / stretch);
-    if (j < plan.segments.size() && plan.segments[j]) {
-      kernels.match_segment(plan.segments[j]->view(kv_head), query_codes, group, min_matches,
-                            lookup.counters.data(), bits_at(start));
-      token = start + stretch;
+    while (segment != plan.segments.end() && segment->end() <= token) ++segment;
+    if (segment != plan.segments.end() && segment->begin <= token) {
+      kernels.match_segment(segment->segment->view(kv_head), query_codes, group, min_matches,
+                            lookup.counters.data(), bits_at(segment->begin));
+      token = segment->end();
       continue;
     }
     const int block_end = token / block_size * block_size + block_size;
@@ -182,8 +182,9 @@ class Step {
       plans_.push_back(make_plan(requests, r, rule, input.exact_below));
       first_part_.push_back(num_parts);
       num_parts += static_cast<size_t>(plans_.back().num_parts() * pages.num_kv_heads());
-      for (const LshIndex::SegmentPtr& segment : plans_.back().segments)
-        output.unsealed_stretches += segment == nullptr;
+      if (!plans_.back().exact)
+        output.unsealed_stretches +=
+            rule->index->num_missing(plans_.back().segments, plans_.back().num_tokens);
     }
     tasks_ = make_tasks(plans_, pages.num_kv_heads(), true);
     partials_.reset(new Partial[num_parts * group_]);
@@ -257,12 +258,12 @@ class Step {
     } else {
       const TokenRange part = plan.sampled_part(task.part - plan.num_static_parts);
       const SampleRule& rule = input_.rule;
-      const int stretch = rule.index->segment_tokens();
+      const int stretch = rule.index->levels().back();
       const size_t num_tables = static_cast<size_t>(pages_.layout().num_tables);
       scratch.lookup.reserve(stretch, plan.sampled_part_tokens, static_cast<int>(group_));
       look_up(pages_, plan, task.kv_head, part,
               rule.query_codes + first_query_head(task.request, task.kv_head) * num_tables,
-              static_cast<int>(group_), rule.min_matches, stretch, kernels_, scratch.lookup);
+              static_cast<int>(group_), rule.min_matches, kernels_, scratch.lookup);
       gather_rows(task, plan, part, scratch);
       found = Clock::now();
       for (size_t head = 0; head < group_; ++head)
@@ -400,7 +401,7 @@ std::vector<std::vector<std::vector<int32_t>>> sample(const Requests& requests, 
                                                       ThreadPool& pool) {
   const Pages& pages = rule.index->pages();
   const int group = num_q_heads / pages.num_kv_heads();
-  const int stretch = rule.index->segment_tokens();
+  const int stretch = rule.index->levels().back();
   std::vector<Plan> plans;
   for (int r = 0; r < requests.size; ++r) plans.push_back(make_plan(requests, r, &rule, 0));
   const std::vector<Task> tasks = make_tasks(plans, pages.num_kv_heads(), false);
@@ -417,7 +418,7 @@ std::vector<std::vector<std::vector<int32_t>>> sample(const Requests& requests, 
     lookup.reserve(stretch, plan.sampled_part_tokens, group);
     look_up(pages, plan, task.kv_head, part,
             rule.query_codes + query_head * static_cast<size_t>(pages.layout().num_tables), group,
-            rule.min_matches, stretch, kernels_of(isa), lookup);
+            rule.min_matches, kernels_of(isa), lookup);
     found[i].resize(static_cast<size_t>(group));
     for (int head = 0; head < group; ++head)
       for_each_match(plan, part, lookup, head,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,7 +67,8 @@ class Layer:
     num_bits: int = 3
     head_size: int = 16
     block_size: int = 32
-    segment_tokens: int = 64
+    levels: Sequence[int] = (64,)
+    max_bytes: int = 0
     dtype: torch.dtype = torch.float32
     memory: npt.NDArray[np.uint8] = field(init=False)
     pages: _C.Pages = field(init=False)
@@ -79,7 +81,7 @@ class Layer:
         # chunk but the first is aligned.
         self.memory = np.full((self.num_blocks, self.num_kv_heads, size + 2), 0xA5, np.uint8)
         self.pages = _C.Pages(self.memory, name, self.block_size, self.head_size, self.num_tables)
-        self.index = _C.LshIndex(self.pages, self.num_bits, self.segment_tokens)
+        self.index = _C.LshIndex(self.pages, self.num_bits, self.levels, self.max_bytes)
 
     def slots(self, blocks: npt.ArrayLike, start: int, stop: int) -> npt.NDArray[np.int64]:
         tokens = np.arange(start, stop)
@@ -119,6 +121,17 @@ class Layer:
             pool=pool(num_threads),
             **rule.native(),
         )
+
+
+def best_cover(num_tokens: int, levels: Sequence[int]) -> list[tuple[int, int]]:
+    """What a request wants segments for: (begin, end), ascending."""
+    cover = []
+    begin = 0
+    for tokens in reversed(levels):
+        while begin + tokens <= num_tokens:
+            cover.append((begin, begin + tokens))
+            begin += tokens
+    return cover
 
 
 def expected_sample(

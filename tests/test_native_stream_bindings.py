@@ -30,7 +30,7 @@ def make_pages(row_dtype: str = "float32", num_tables: int = 4) -> _C.Pages:
 
 
 PAGES = make_pages()
-INDEX = _C.LshIndex(PAGES, 3, 32)
+INDEX = _C.LshIndex(PAGES, 3, [32])
 
 
 def metadata(**changes: Any) -> _C.StreamMetadata:
@@ -171,7 +171,7 @@ EXCHANGES = [
 LAYERS = [
     ({"index": None}, "Of index and table one is None"),
     ({"table": None}, "Of index and table one is None"),
-    ({"index": _C.LshIndex(make_pages(), 3, 32)}, "index belongs to other pages"),
+    ({"index": _C.LshIndex(make_pages(), 3, [32])}, "index belongs to other pages"),
     ({"table": _C.InclusionTable(3, 4, 1)}, r"\(3, 4, 1\).*\(3, 4, 2\)"),
     ({"min_matches": 5}, "min_matches is 5"),
     ({"sink_tokens": -1}, "sink_tokens is -1"),

@@ -36,11 +36,15 @@ class DeviceLayer:
         buffers: DeviceBuffers,
         isa: _C.Isa,
         pool: _C.ThreadPool,
-        builder: _C.SegmentBuilder,
+        builder: _C.SegmentBuilder | None,
+        max_index_bytes: int,
     ) -> None:
-        """memory: this layer's part of the host pool, as for HostPages; center: None in exact mode."""
+        """memory: this layer's part of the host pool, as for HostPages; center and builder: None in
+        exact mode."""
         self.pages = HostPages(memory, shape.head_size, options.num_tables)
-        self.index = make_index(options, self.pages, layer_index, center, isa, pool)
+        self.index = make_index(
+            options, self.pages, layer_index, center, isa, pool, builder, max_index_bytes
+        )
         self.device, self.buffers = device, buffers
         self._decode, self._prefill = buffers.decode[shape], buffers.prefill[shape]
         self._scale, self._num_tables = scale, options.num_tables
@@ -51,7 +55,7 @@ class DeviceLayer:
             None if self.index is None else self.index.table,
             self._decode.native,
             device.callbacks,
-            None if self.index is None else builder,
+            builder,
             scale=scale,
             min_matches=options.min_matches,
             sink_tokens=options.sink_tokens,
