@@ -5,9 +5,7 @@
 #include <optional>
 
 namespace magicpig {
-namespace {
 
-/// Block tables and lengths; every block that a length needs is checked.
 Requests requests_of(const Pages& pages, const py::array& block_tables, const py::array& seq_lens) {
   check_shape("block_tables", block_tables, {{"num_reqs"}, {"max_blocks"}});
   check_dtype<int32_t>("block_tables", block_tables);
@@ -26,6 +24,8 @@ Requests requests_of(const Pages& pages, const py::array& block_tables, const py
   }
   return requests;
 }
+
+namespace {
 
 /// Query codes of a batch, none of more bits than the rule's.
 const uint16_t* query_codes_of(const SampleRule& rule, const py::array& query_codes,
@@ -237,15 +237,27 @@ std::unique_ptr<BoundRule> make_rule(std::shared_ptr<InclusionTable> table, int6
 // ---------------------------------------------------------------------------------------- index
 
 std::unique_ptr<BoundIndex> make_index(std::shared_ptr<BoundPages> pages, int64_t num_bits,
-                                       int64_t segment_tokens) {
+                                       const std::vector<int64_t>& levels, int64_t max_bytes) {
   check_has_codes(pages->pages);
   const int bits = in_range("num_bits", num_bits, 1, kMaxBits);
-  const int block_size = pages->pages.layout().block_size;
-  if (segment_tokens < block_size || segment_tokens > kMaxSegmentTokens ||
-      segment_tokens % block_size != 0)
-    refuse("segment_tokens is ", segment_tokens, ", but must be a multiple of the block size ",
-           block_size, " up to 65536; pass one.");
-  return std::make_unique<BoundIndex>(std::move(pages), bits, static_cast<int>(segment_tokens));
+  if (levels.empty()) refuse("levels is empty, but an index needs a segment size; name one.");
+  int64_t unit = pages->pages.layout().block_size;
+  const char* unit_name = "the block size ";
+  std::vector<int> tokens;
+  for (int64_t level : levels) {
+    if (level < unit || level > kMaxSegmentTokens || level % unit != 0 ||
+        (!tokens.empty() && level == unit))
+      refuse("levels[", tokens.size(), "] is ", level, ", but must be a multiple of ", unit_name,
+             unit,
+             tokens.empty() ? " up to 65536; pass one." : ", above it and up to 65536; pass one.");
+    tokens.push_back(static_cast<int>(level));
+    unit = level;
+    unit_name = "the level before it, ";
+  }
+  if (max_bytes < 0)
+    refuse("max_bytes is ", max_bytes, ", but must be 0 (no limit) or more; pass a size in bytes.");
+  return std::make_unique<BoundIndex>(std::move(pages), bits, std::move(tokens),
+                                      static_cast<size_t>(max_bytes));
 }
 
 size_t seal(BoundIndex& self, const py::array& block_tables, const py::array& seq_lens,
@@ -255,7 +267,20 @@ size_t seal(BoundIndex& self, const py::array& block_tables, const py::array& se
   return self.index.seal(requests, pool);
 }
 
-size_t count_sealed(const BoundIndex& self, const py::array& block_table, int64_t num_tokens) {
+std::vector<std::vector<int32_t>> missing(const BoundIndex& self, const py::array& block_tables,
+                                          const py::array& seq_lens) {
+  const Requests requests = requests_of(self.pages->pages, block_tables, seq_lens);
+  py::gil_scoped_release release;
+  std::vector<std::vector<int32_t>> stretches;
+  for (const LshIndex::Stretch& stretch : self.index.missing(requests)) {
+    stretches.emplace_back();
+    for (const Segment::Source& source : stretch) stretches.back().push_back(source.block);
+  }
+  return stretches;
+}
+
+std::vector<std::pair<int, int>> find(const BoundIndex& self, const py::array& block_table,
+                                      int64_t num_tokens) {
   const Pages& pages = self.pages->pages;
   const int32_t* blocks = input<int32_t>("block_table", block_table, {{"n"}});
   const int64_t block_size = pages.layout().block_size;
@@ -265,9 +290,10 @@ size_t count_sealed(const BoundIndex& self, const py::array& block_table, int64_
       refuse("block_table[", i, "] is ", blocks[i], ", but blocks lie in 0..",
              pages.num_blocks() - 1, "; pass the blocks that hold the tokens.");
   py::gil_scoped_release release;
-  const auto found = self.index.find(blocks, tokens);
-  return static_cast<size_t>(
-      std::count_if(found.begin(), found.end(), [](const auto& s) { return s != nullptr; }));
+  std::vector<std::pair<int, int>> ranges;
+  for (const LshIndex::Found& found : self.index.find(blocks, tokens))
+    ranges.emplace_back(found.begin, found.end());
+  return ranges;
 }
 
 // --------------------------------------------------------------------------------------- decode
@@ -408,18 +434,24 @@ PYBIND11_MODULE(_C, m) {
            arg("sink_tokens"), arg("window_tokens"), arg("row_budget") = 0.0, arg("seed") = 0);
 
   py::class_<BoundIndex, std::shared_ptr<BoundIndex>>(m, "LshIndex")
-      .def(py::init(&make_index), arg("pages"), arg("num_bits"), arg("segment_tokens"))
+      .def(py::init(&make_index), arg("pages").none(false), arg("num_bits"), arg("levels"),
+           arg("max_bytes") = 0)
       .def("seal", &seal, array_arg("block_tables"), array_arg("seq_lens"), arg("pool"))
-      .def("count_sealed", &count_sealed, array_arg("block_table"), arg("num_tokens"))
+      .def("missing", &missing, array_arg("block_tables"), array_arg("seq_lens"))
+      .def("find", &find, array_arg("block_table"), arg("num_tokens"))
       .def(
           "clear", [](BoundIndex& self) { self.index.clear(); },
           py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("changes", [](BoundIndex& b) { return b.index.changes(); })
+      .def_property_readonly("max_bytes", [](BoundIndex& b) { return b.index.max_bytes(); })
       .def_property_readonly("num_segments", [](BoundIndex& b) { return b.index.num_segments(); })
       .def_property_readonly("num_bytes", [](BoundIndex& b) { return b.index.num_bytes(); })
       .def_property_readonly("segments_built",
                              [](BoundIndex& b) { return b.index.segments_built(); })
       .def_property_readonly("segments_dropped",
-                             [](BoundIndex& b) { return b.index.segments_dropped(); });
+                             [](BoundIndex& b) { return b.index.segments_dropped(); })
+      .def_property_readonly("builds_refused",
+                             [](BoundIndex& b) { return b.index.builds_refused(); });
 
   m.def("sample", &sample_arrays, arg("pages"), arg("rule"), arg("index").none(true),
         array_arg("query_codes"), array_arg("block_tables"), array_arg("seq_lens"), py::kw_only(),

@@ -11,9 +11,11 @@
 #include <sstream>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "checks.h"
 #include "magicpig.h"
+#include "stream.h"
 
 namespace magicpig {
 
@@ -21,6 +23,9 @@ namespace py = pybind11;
 
 /// bindings_stream.cpp.
 void bind_streams(py::module_& m);
+
+/// Block tables and lengths; every block that a length needs is checked.
+Requests requests_of(const Pages& pages, const py::array& block_tables, const py::array& seq_lens);
 
 /// An array argument: never converted, since what is written into a copy is lost.
 inline py::arg array_arg(const char* name) { return py::arg(name).noconvert(); }
@@ -33,13 +38,21 @@ struct BoundPages {
   Pages pages;
 };
 
-/// The index, and the pages that it reads.
+/// The index, the pages that it reads, and who may be building for it.
 struct BoundIndex {
   std::shared_ptr<BoundPages> pages;
   LshIndex index;
+  std::weak_ptr<SegmentBuilder> builder;
 
-  BoundIndex(std::shared_ptr<BoundPages> pages_, int num_bits, int segment_tokens)
-      : pages(std::move(pages_)), index(pages->pages, num_bits, segment_tokens) {}
+  BoundIndex(std::shared_ptr<BoundPages> pages_, int num_bits, std::vector<int> levels,
+             size_t max_bytes)
+      : pages(std::move(pages_)), index(pages->pages, num_bits, std::move(levels), max_bytes) {}
+  ~BoundIndex() {
+    if (const std::shared_ptr<SegmentBuilder> asked = builder.lock()) {
+      py::gil_scoped_release release;
+      asked->forget(index);
+    }
+  }
 };
 
 // ---------------------------------------------------------------------------------------- checks

@@ -260,6 +260,17 @@ py::array_t<int32_t> recent_rows(const BoundLayer& self) {
   return py::array_t<int32_t>(static_cast<py::ssize_t>(rows.size()), rows.data());
 }
 
+void ask(const std::shared_ptr<SegmentBuilder>& self, BoundIndex& index,
+         const py::array& block_tables, const py::array& seq_lens) {
+  const Requests requests = requests_of(index.pages->pages, block_tables, seq_lens);
+  const std::shared_ptr<SegmentBuilder> other = index.builder.lock();
+  if (other != nullptr && other != self)
+    refuse("index has another builder, which may be building for it; ask that one.");
+  index.builder = self;
+  py::gil_scoped_release release;
+  self->ask(index.index, requests);
+}
+
 /// Destroyed with the GIL released: its thread may be building a segment.
 std::shared_ptr<SegmentBuilder> make_builder(const std::vector<int>& cpus) {
   py::gil_scoped_release release;
@@ -300,7 +311,9 @@ void bind_streams(py::module_& m) {
 
   py::class_<SegmentBuilder, std::shared_ptr<SegmentBuilder>>(m, "SegmentBuilder")
       .def(py::init(&make_builder), arg("cpus"))
+      .def("ask", &ask, arg("index"), array_arg("block_tables"), array_arg("seq_lens"))
       .def("drain", &SegmentBuilder::drain, release_gil())
+      .def("close", &SegmentBuilder::close, release_gil())
       .def("raise_error", &SegmentBuilder::raise_error)
       .def_property_readonly("pending", &SegmentBuilder::pending);
 

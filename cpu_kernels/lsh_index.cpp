@@ -4,6 +4,8 @@
 #endif
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <new>
 #include <unordered_set>
 
@@ -13,6 +15,38 @@ namespace magicpig {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kSmallPage = 4096;
+
+size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+/// Memory of its own for a large segment, in whole pages, starting on a huge one: a probe reads two
+/// random lines, and on small pages it misses the TLB twice as well. Not by malloc, which would
+/// keep what was freed, nor rounded up to huge pages, which for the smallest segments would cost a
+/// quarter of their size.
+uint16_t* map_pages(size_t bytes) {
+#if defined(__linux__)
+  void* memory = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  uint8_t* first = static_cast<uint8_t*>(memory);
+  const size_t before = -reinterpret_cast<uintptr_t>(first) % kHugePage;
+  if (before > 0) munmap(first, before);
+  first += before;
+  if (before < kHugePage) munmap(first + bytes, kHugePage - before);
+  madvise(first, bytes, MADV_HUGEPAGE);  // advice: small pages are correct, too
+  return reinterpret_cast<uint16_t*>(first);
+#else
+  void* memory = std::malloc(bytes);
+  if (memory == nullptr) throw std::bad_alloc();
+  return static_cast<uint16_t*>(memory);
+#endif
+}
+
+size_t storage_bytes(const Segment& shape, int num_kv_heads) {
+  const size_t bytes = static_cast<size_t>(num_kv_heads) *
+                       (shape.ids_size() + shape.offsets_size()) * sizeof(uint16_t);
+  return bytes >= kHugePage ? round_up(bytes, kSmallPage) : bytes;
+}
 
 /// Copies the codes of a tile; table l goes to out + l * stride. A new owner may be writing the
 /// tile meanwhile: a race by design, as LshIndex::build discards what it makes of such codes.
@@ -22,7 +56,119 @@ __attribute__((no_sanitize("thread"))) void copy_codes(const uint16_t* tile, int
     for (int i = 0; i < kTileTokens; ++i) out[l * stride + i] = tile[l * kTileTokens + i];
 }
 
+/// Tables that are sorted together: of a tile, adjacent in the page, 512 bytes. They also keep the
+/// counting from waiting for itself where tokens in a row have one code.
+constexpr int kTablesAtOnce = 8;
+
+/// What one thread needs to sort kTablesAtOnce tables of a segment.
+struct SortScratch {
+  std::unique_ptr<uint16_t[]> codes;   // [kTablesAtOnce][tokens]
+  std::unique_ptr<uint16_t[]> counts;  // [kTablesAtOnce][count_stride], then where each goes on
+
+  void reserve(size_t tokens, size_t count_stride) {
+    if (codes) return;
+    codes.reset(new uint16_t[kTablesAtOnce * tokens]);
+    counts.reset(new uint16_t[kTablesAtOnce * count_stride]);
+  }
+};
+
+/// Counts to where each bucket starts, in counts and in offsets; everything modulo 65,536.
+void add_up(uint16_t* counts, size_t num_buckets, bool may_wrap, uint16_t* offsets) {
+  size_t bucket = 0;
+  uint64_t begin = 0;
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+  // Four at a time in one word. No sum reaches 65,536 and carries into the next lane, unless the
+  // segment has that many tokens.
+  constexpr uint64_t kOnes = 0x0001000100010001;
+  for (; !may_wrap && bucket + 4 <= num_buckets; bucket += 4) {
+    uint64_t sizes;
+    std::memcpy(&sizes, counts + bucket, sizeof sizes);
+    const uint64_t ends = sizes * kOnes;
+    const uint64_t begins = ends - sizes + begin * kOnes;
+    begin += ends >> 48;
+    std::memcpy(counts + bucket, &begins, sizeof begins);
+    std::memcpy(offsets + bucket, &begins, sizeof begins);
+  }
+#endif
+  for (; bucket <= num_buckets; ++bucket) {
+    const uint16_t size = counts[bucket];
+    counts[bucket] = offsets[bucket] = static_cast<uint16_t>(begin);
+    begin += size;
+  }
+}
+
+/// Sorts `tables` tables from first_table on, of which ids and offsets are the first one's. A code
+/// of 2^K or more is no bucket's: it sorts behind them all, where no query finds it, as none equals
+/// it in a comparison of codes.
+///
+/// Counts, and the places that they add up to, are kept modulo 65,536. Only of a bucket that holds
+/// all 65,536 tokens does that change the count, to 0, and every place is 0 then, as it should be.
+void sort_tables(const Pages& pages, const Segment& segment, int kv_head, int first_table,
+                 int tables, uint16_t* ids, uint16_t* offsets, SortScratch& scratch) {
+  constexpr size_t kTilesAhead = 2;
+  const size_t block_size = static_cast<size_t>(pages.layout().block_size);
+  const size_t tokens = static_cast<size_t>(segment.segment_tokens);
+  const size_t num_buckets = static_cast<size_t>(segment.num_buckets);
+  const uint16_t no_bucket = static_cast<uint16_t>(num_buckets);
+  const size_t stride = num_buckets + 2;  // of counts, as of offsets
+  scratch.reserve(tokens, stride);
+  uint16_t* const codes = scratch.codes.get();
+  uint16_t* const counts = scratch.counts.get();
+  const auto strip = [&](size_t token) -> const uint16_t* {
+    return pages.tile(segment.sources[token / block_size].block, kv_head,
+                      static_cast<int>(token % block_size)) +
+           first_table * kTileTokens;
+  };
+
+  std::fill_n(counts, stride * static_cast<size_t>(tables), uint16_t{0});
+  for (size_t token = 0; token < tokens; token += kTileTokens) {
+    if (token + kTilesAhead * kTileTokens < tokens) {
+      const uint16_t* ahead = strip(token + kTilesAhead * kTileTokens);
+      for (int l = 0; l < tables; ++l) __builtin_prefetch(ahead + l * kTileTokens);
+    }
+    copy_codes(strip(token), tables, codes + token, tokens);
+    // From here on the copy is what counts, not a second look at the page: a code beyond the
+    // buckets would be written out of bounds.
+    std::atomic_signal_fence(std::memory_order_seq_cst);
+    for (int l = 0; l < tables; ++l) {
+      uint16_t* code = codes + static_cast<size_t>(l) * tokens + token;
+      for (int i = 0; i < kTileTokens; ++i) code[i] = std::min(code[i], no_bucket);
+    }
+    if (tables == kTablesAtOnce) {
+      for (int i = 0; i < kTileTokens; ++i)
+        for (size_t l = 0; l < kTablesAtOnce; ++l)
+          ++counts[l * stride + codes[l * tokens + token + static_cast<size_t>(i)]];
+    } else {
+      for (size_t l = 0; l < static_cast<size_t>(tables); ++l)
+        for (int i = 0; i < kTileTokens; ++i)
+          ++counts[l * stride + codes[l * tokens + token + static_cast<size_t>(i)]];
+    }
+  }
+
+  for (int l = 0; l < tables; ++l) {
+    const uint16_t* code = codes + static_cast<size_t>(l) * tokens;
+    uint16_t* next = counts + static_cast<size_t>(l) * stride;
+    const bool may_wrap = tokens == kMaxSegmentTokens;
+    const bool one_bucket = may_wrap && next[code[0]] == 0;
+    add_up(next, num_buckets, may_wrap, offsets);
+    offsets[num_buckets + 1] = one_bucket ? code[0] : Segment::kNoBucket;
+    for (size_t i = 0; i < tokens; ++i) ids[next[code[i]]++] = static_cast<uint16_t>(i);
+    ids += tokens;
+    offsets += stride;
+  }
+}
+
 }  // namespace
+
+void Segment::Free::operator()(uint16_t* memory) const {
+#if defined(__linux__)
+  if (mapped_bytes > 0) {
+    munmap(memory, mapped_bytes);
+    return;
+  }
+#endif
+  std::free(memory);
+}
 
 void pack_codes(const float* projections, size_t num_rows, int num_tables, int num_bits,
                 uint16_t* codes, Isa isa, ThreadPool& pool) {
@@ -34,6 +180,11 @@ void pack_codes(const float* projections, size_t num_rows, int num_tables, int n
     kernels_of(isa).pack_codes(projections + begin * tables * static_cast<size_t>(num_bits), rows,
                                num_tables, num_bits, codes + begin * tables);
   });
+}
+
+size_t LshIndex::level_of(const Stretch& stretch) const {
+  const int tokens = static_cast<int>(stretch.size()) * pages_.layout().block_size;
+  return static_cast<size_t>(std::find(levels_.begin(), levels_.end(), tokens) - levels_.begin());
 }
 
 bool LshIndex::current(const Stretch& stretch) const {
@@ -48,172 +199,224 @@ bool LshIndex::covers(const Segment& segment, const int32_t* blocks) const {
   return true;
 }
 
-std::vector<LshIndex::SegmentPtr> LshIndex::find(const int32_t* blocks, int num_tokens) const {
-  const int per_segment = segment_tokens_ / pages_.layout().block_size;
-  std::vector<SegmentPtr> found(static_cast<size_t>(num_tokens / segment_tokens_));
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    for (size_t j = 0; j < found.size(); ++j) {
-      const auto it = by_last_block_.find(blocks[(j + 1) * per_segment - 1]);
-      if (it != by_last_block_.end()) found[j] = it->second;
+std::vector<LshIndex::Found> LshIndex::find(const int32_t* blocks, int num_tokens) const {
+  const int block_size = pages_.layout().block_size;
+  std::vector<Found> found;
+  std::lock_guard<std::mutex> lock(mutex_);
+  int begin = 0;
+  while (num_tokens - begin >= levels_[0]) {
+    int end = begin + levels_[0];
+    for (size_t level = levels_.size(); level-- > 0;) {
+      const SegmentMap& map = by_last_block_[level];
+      const int tokens = levels_[level];
+      if (map.empty() || tokens > num_tokens - begin || begin % tokens != 0) continue;
+      const auto place = map.find(blocks[(begin + tokens) / block_size - 1]);
+      if (place == map.end() || !covers(*place->second, blocks + begin / block_size)) continue;
+      found.push_back({place->second, begin});
+      end = begin + tokens;
+      break;
+    }
+    begin = end;
+  }
+  return found;
+}
+
+namespace {
+
+/// Calls body(level, begin, sealed) for each stretch of the best cover. A segment that begins where
+/// a stretch does and is as long is the only one of its level or larger that could cover it: were a
+/// larger one possible there, the stretch would be as large.
+template <class Body>
+void for_each_stretch(const std::vector<int>& levels, const std::vector<LshIndex::Found>& found,
+                      int num_tokens, const Body& body) {
+  size_t i = 0;
+  int begin = 0;
+  for (size_t level = levels.size(); level-- > 0;) {
+    for (; num_tokens - begin >= levels[level]; begin += levels[level]) {
+      while (i < found.size() && found[i].begin < begin) ++i;
+      const bool sealed = i < found.size() && found[i].begin == begin &&
+                          found[i].segment->segment_tokens == levels[level];
+      body(level, begin, sealed);
     }
   }
-  for (size_t j = 0; j < found.size(); ++j)
-    if (found[j] && !covers(*found[j], blocks + j * per_segment)) found[j].reset();
-  return found;
+}
+
+}  // namespace
+
+size_t LshIndex::num_missing(const std::vector<Found>& found, int num_tokens) const {
+  size_t missing = 0;
+  for_each_stretch(levels_, found, num_tokens,
+                   [&](size_t, int, bool sealed) { missing += !sealed; });
+  return missing;
+}
+
+std::vector<LshIndex::Stretch> LshIndex::missing(const Requests& requests) const {
+  std::vector<std::vector<Found>> found;
+  size_t num_missing_of_all = 0;
+  for (int r = 0; r < requests.size; ++r) {
+    found.push_back(find(requests.blocks(r), requests.seq_lens[r]));
+    num_missing_of_all += num_missing(found.back(), requests.seq_lens[r]);
+  }
+  std::vector<Stretch> stretches;
+  if (num_missing_of_all == 0) return stretches;
+
+  const uint32_t refused = refused_levels_.load(std::memory_order_relaxed);
+  const int block_size = pages_.layout().block_size;
+  // Two requests can end a stretch in one block and differ before it. The first of the batch has
+  // it; replacing it for each in turn would build both anew in every call.
+  std::unordered_set<uint64_t> claimed;
+  for (int r = 0; r < requests.size; ++r) {
+    for_each_stretch(levels_, found[static_cast<size_t>(r)], requests.seq_lens[r],
+                     [&](size_t level, int begin, bool sealed) {
+                       const int32_t* first = requests.blocks(r) + begin / block_size;
+                       const int32_t* end = first + levels_[level] / block_size;
+                       const uint64_t key = uint64_t{level} << 32 | static_cast<uint32_t>(end[-1]);
+                       if (!claimed.insert(key).second || sealed || refused >> level & 1) return;
+                       Stretch& stretch = stretches.emplace_back();
+                       stretch.reserve(static_cast<size_t>(end - first));
+                       for (; first < end; ++first)
+                         stretch.push_back({*first, pages_.epoch(*first)});
+                     });
+  }
+  return stretches;
 }
 
 /// Whether this very stretch has a segment.
 bool LshIndex::holds(const Stretch& stretch) const {
   std::lock_guard<std::mutex> lock(mutex_);
-  const auto it = by_last_block_.find(stretch.back().block);
-  return it != by_last_block_.end() && it->second->sources == stretch;
-}
-
-std::vector<LshIndex::Stretch> LshIndex::missing(const Requests& requests) const {
-  const int per_segment = segment_tokens_ / pages_.layout().block_size;
-  std::vector<Stretch> stretches;
-  // Two requests can end a stretch in one block and differ before it. The first of the batch has
-  // it; replacing it for each in turn would build both anew in every call.
-  std::unordered_set<int32_t> claimed;
-  for (int r = 0; r < requests.size; ++r) {
-    const int32_t* blocks = requests.blocks(r);
-    const std::vector<SegmentPtr> found = find(blocks, requests.seq_lens[r]);
-    for (size_t j = 0; j < found.size(); ++j) {
-      const int32_t* first = blocks + j * per_segment;
-      if (!claimed.insert(first[per_segment - 1]).second || found[j]) continue;
-      Stretch& stretch = stretches.emplace_back();
-      stretch.reserve(static_cast<size_t>(per_segment));
-      for (int i = 0; i < per_segment; ++i) stretch.push_back({first[i], pages_.epoch(first[i])});
-    }
-  }
-  return stretches;
+  const SegmentMap& map = by_last_block_[level_of(stretch)];
+  const auto place = map.find(stretch.back().block);
+  return place != map.end() && place->second->sources == stretch;
 }
 
 size_t LshIndex::build(const std::vector<Stretch>& stretches, ThreadPool& pool) {
   std::lock_guard<std::mutex> one_at_a_time(build_mutex_);
   drop_stale();
+  size_t kept = 0;
+  for (const Stretch& stretch : stretches) kept += build_one(stretch, pool);
+  return kept;
+}
 
-  std::vector<std::shared_ptr<Segment>> segments;
-  for (const Stretch& stretch : stretches)
-    if (current(stretch) && !holds(stretch)) segments.push_back(allocate(stretch));
-  const size_t heads = static_cast<size_t>(pages_.num_kv_heads());
-  pool.run(segments.size() * heads, [&](size_t task, int) {
-    sort_codes(*segments[task / heads], static_cast<int>(task % heads));
-  });
+bool LshIndex::build_one(const Stretch& stretch, ThreadPool& pool) {
+  if (!current(stretch) || holds(stretch)) return false;
+  const std::shared_ptr<Segment> segment = allocate(stretch);
+  if (!segment) return false;
+  sort_codes(*segment, pool);
 
   // A seqlock's end: codes that were read too late come from writes whose epochs are seen here.
   std::atomic_thread_fence(std::memory_order_acquire);
+  const size_t level = level_of(stretch);
+  std::vector<SegmentPtr> dropped;  // freed after the lock is
   std::lock_guard<std::mutex> lock(mutex_);
-  size_t kept = 0;
-  for (const auto& segment : segments) {
-    if (!current(segment->sources)) continue;
-    SegmentPtr& place = by_last_block_[segment->sources.back().block];
-    if (place) {
-      num_bytes_ -= place->num_bytes();
-      ++segments_dropped_;
-    }
-    num_bytes_ += segment->num_bytes();
-    place = segment;
-    ++kept;
+  if (!current(stretch)) return false;
+  const auto drop = [&](size_t at, const Segment::Source* first, const Segment::Source* end) {
+    const auto place = by_last_block_[at].find(end[-1].block);
+    if (place == by_last_block_[at].end()) return;
+    const Stretch& sources = place->second->sources;
+    // Of another level: only what the new one covers. Of its own: it takes the place.
+    if (at == level || std::equal(sources.begin(), sources.end(), first, end))
+      dropped.push_back(take_out(by_last_block_[at], place));
+  };
+  for (size_t at = 0; at <= level; ++at) {
+    const size_t blocks = static_cast<size_t>(levels_[at] / pages_.layout().block_size);
+    for (size_t end = blocks; end <= stretch.size(); end += blocks)
+      drop(at, stretch.data() + end - blocks, stretch.data() + end);
   }
-  segments_built_ += kept;
-  return kept;
+  by_last_block_[level].emplace(stretch.back().block, segment);
+  num_bytes_ += segment->num_bytes();
+  ++segments_built_;
+  changes_.fetch_add(1, std::memory_order_relaxed);
+  return true;
+}
+
+/// Called with the lock held; the caller frees the segment without it.
+LshIndex::SegmentPtr LshIndex::take_out(SegmentMap& map, SegmentMap::iterator place) {
+  SegmentPtr segment = std::move(place->second);
+  map.erase(place);
+  num_bytes_ -= segment->num_bytes();
+  ++segments_dropped_;
+  changes_.fetch_add(1, std::memory_order_relaxed);
+  refused_levels_.store(0, std::memory_order_relaxed);
+  return segment;
 }
 
 void LshIndex::drop_stale() {
   const uint64_t now = pages_.epochs_started();
   if (swept_at_.exchange(now, std::memory_order_relaxed) == now) return;
-  std::lock_guard<std::mutex> lock(mutex_);
-  for (auto it = by_last_block_.begin(); it != by_last_block_.end();) {
-    if (current(it->second->sources)) {
-      ++it;
-      continue;
-    }
-    num_bytes_ -= it->second->num_bytes();
-    ++segments_dropped_;
-    it = by_last_block_.erase(it);
+  // Lookups wait for neither the checks nor the freeing. Only builds and clear() take segments out,
+  // and those wait for this one.
+  std::vector<std::pair<size_t, SegmentPtr>> segments;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (size_t level = 0; level < levels_.size(); ++level)
+      for (const auto& entry : by_last_block_[level]) segments.emplace_back(level, entry.second);
+  }
+  std::vector<SegmentPtr> dropped;
+  for (const auto& [level, segment] : segments) {
+    if (current(segment->sources)) continue;
+    std::lock_guard<std::mutex> lock(mutex_);
+    SegmentMap& map = by_last_block_[level];
+    dropped.push_back(take_out(map, map.find(segment->sources.back().block)));
   }
 }
 
-std::shared_ptr<Segment> LshIndex::allocate(const Stretch& stretch) const {
+/// Null where max_bytes does not allow it.
+std::shared_ptr<Segment> LshIndex::allocate(const Stretch& stretch) {
   auto segment = std::make_shared<Segment>();
   segment->sources = stretch;
-  segment->segment_tokens = segment_tokens_;
+  segment->segment_tokens = levels_[level_of(stretch)];
   segment->num_buckets = 1 << num_bits_;
   segment->num_tables = pages_.layout().code_words;
-
-  size_t bytes =
-      pages_.num_kv_heads() * (segment->ids_size() + segment->offsets_size()) * sizeof(uint16_t);
-  // A probe reads two random lines: on small pages it misses the TLB twice as well.
-  const bool huge = bytes >= kHugePage;
-  if (huge) bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-  void* memory = huge ? std::aligned_alloc(kHugePage, bytes) : std::malloc(bytes);
-  if (memory == nullptr) throw std::bad_alloc();
-  segment->storage.reset(static_cast<uint16_t*>(memory));
-  segment->storage_bytes = bytes;
-#if defined(__linux__)
-  if (huge) madvise(memory, bytes, MADV_HUGEPAGE);  // advice: small pages are correct, too
-#endif
+  segment->storage_bytes = storage_bytes(*segment, pages_.num_kv_heads());
+  if (max_bytes_ > 0) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (num_bytes_ + segment->num_bytes() > max_bytes_) {
+      ++builds_refused_;
+      refused_levels_.fetch_or(uint32_t{1} << level_of(stretch), std::memory_order_relaxed);
+      return nullptr;
+    }
+  }
+  if (segment->storage_bytes >= kHugePage) {
+    segment->storage = {map_pages(segment->storage_bytes), Segment::Free{segment->storage_bytes}};
+  } else {
+    void* memory = std::malloc(segment->storage_bytes);
+    if (memory == nullptr) throw std::bad_alloc();
+    segment->storage.reset(static_cast<uint16_t*>(memory));
+  }
   return segment;
 }
 
-/// A counting sort per table. A code of 2^K or more is no bucket's: it sorts behind them all, where
-/// no query finds it, as none equals it in a comparison of codes.
-void LshIndex::sort_codes(Segment& segment, int kv_head) const {
-  constexpr int kTablesAtOnce = 8;  // of a tile, adjacent in the page: 512 bytes
+void LshIndex::sort_codes(Segment& segment, ThreadPool& pool) const {
   const size_t tokens = static_cast<size_t>(segment.segment_tokens);
-  const int num_tables = segment.num_tables;
   const size_t num_buckets = static_cast<size_t>(segment.num_buckets);
-  const uint16_t no_bucket = static_cast<uint16_t>(num_buckets);
-  const int block_size = pages_.layout().block_size;
-  uint16_t* ids = segment.storage.get() + kv_head * (segment.ids_size() + segment.offsets_size());
-  uint16_t* offsets = ids + segment.ids_size();
-  std::vector<uint16_t> codes(kTablesAtOnce * tokens);
-  std::vector<uint32_t> next(num_buckets + 1);
-
-  for (int first = 0; first < num_tables; first += kTablesAtOnce) {
-    const int tables = std::min(kTablesAtOnce, num_tables - first);
-    size_t token = 0;
-    for (const Segment::Source& source : segment.sources)
-      for (int offset = 0; offset < block_size; offset += kTileTokens, token += kTileTokens)
-        copy_codes(pages_.tile(source.block, kv_head, offset) + first * kTileTokens, tables,
-                   codes.data() + token, tokens);
-    // From here on the copy is what counts, not a second look at the page: a code beyond the
-    // buckets would be written out of bounds.
-    std::atomic_signal_fence(std::memory_order_seq_cst);
-    for (uint16_t& code : codes) code = std::min(code, no_bucket);
-    for (int l = 0; l < tables; ++l) {
-      const uint16_t* code = codes.data() + l * tokens;
-      std::fill(next.begin(), next.end(), 0);
-      for (size_t i = 0; i < tokens; ++i) ++next[code[i]];
-      uint32_t begin = 0;
-      offsets[num_buckets + 1] = Segment::kNoBucket;
-      for (size_t bucket = 0; bucket <= num_buckets; ++bucket) {
-        const uint32_t size = next[bucket];
-        if (size == kMaxSegmentTokens) offsets[num_buckets + 1] = static_cast<uint16_t>(bucket);
-        offsets[bucket] = static_cast<uint16_t>(begin);
-        next[bucket] = begin;
-        begin += size;
-      }
-      for (size_t i = 0; i < tokens; ++i) ids[next[code[i]]++] = static_cast<uint16_t>(i);
-      ids += tokens;
-      offsets += num_buckets + 2;
-    }
-  }
+  const int groups = (segment.num_tables + kTablesAtOnce - 1) / kTablesAtOnce;
+  std::vector<SortScratch> scratch(static_cast<size_t>(pool.num_threads()));
+  pool.run(static_cast<size_t>(groups * pages_.num_kv_heads()), [&](size_t task, int thread) {
+    const int kv_head = static_cast<int>(task) / groups;
+    const int first_table = static_cast<int>(task) % groups * kTablesAtOnce;
+    const size_t first = static_cast<size_t>(first_table);
+    uint16_t* ids = segment.storage.get() +
+                    static_cast<size_t>(kv_head) * (segment.ids_size() + segment.offsets_size());
+    sort_tables(pages_, segment, kv_head, first_table,
+                std::min(kTablesAtOnce, segment.num_tables - first_table), ids + first * tokens,
+                ids + segment.ids_size() + first * (num_buckets + 2),
+                scratch[static_cast<size_t>(thread)]);
+  });
 }
 
 void LshIndex::clear() {
   std::lock_guard<std::mutex> one_at_a_time(build_mutex_);
+  std::vector<SegmentPtr> dropped;  // freed after the lock is
   std::lock_guard<std::mutex> lock(mutex_);
-  segments_dropped_ += by_last_block_.size();
-  by_last_block_.clear();
-  num_bytes_ = 0;
+  for (SegmentMap& map : by_last_block_)
+    while (!map.empty()) dropped.push_back(take_out(map, map.begin()));
 }
 
 size_t LshIndex::num_segments() const {
   std::lock_guard<std::mutex> lock(mutex_);
-  return by_last_block_.size();
+  size_t segments = 0;
+  for (const SegmentMap& map : by_last_block_) segments += map.size();
+  return segments;
 }
 
 size_t LshIndex::num_bytes() const {
@@ -229,6 +432,11 @@ size_t LshIndex::segments_built() const {
 size_t LshIndex::segments_dropped() const {
   std::lock_guard<std::mutex> lock(mutex_);
   return segments_dropped_;
+}
+
+size_t LshIndex::builds_refused() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return builds_refused_;
 }
 
 }  // namespace magicpig

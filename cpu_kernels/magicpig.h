@@ -8,11 +8,11 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace magicpig {
@@ -196,11 +196,12 @@ struct Segment {
   static constexpr uint16_t kNoBucket = 0xffff;
 
   struct Free {
-    void operator()(void* memory) const { std::free(memory); }
+    size_t mapped_bytes;  // 0: from malloc
+    void operator()(uint16_t* memory) const;
   };
 
   std::vector<Source> sources;
-  std::unique_ptr<uint16_t[], Free> storage;  // per kv head ids, then offsets
+  std::unique_ptr<uint16_t[], Free> storage{nullptr, Free{0}};  // per kv head ids, then offsets
   size_t storage_bytes = 0;
   int segment_tokens = 0;
   int num_buckets = 0;
@@ -212,7 +213,7 @@ struct Segment {
     const uint16_t* ids = storage.get() + kv_head * (ids_size() + offsets_size());
     return {ids, ids + ids_size(), segment_tokens, num_buckets, num_tables};
   }
-  size_t num_bytes() const { return storage_bytes + sources.capacity() * sizeof(Source); }
+  size_t num_bytes() const { return storage_bytes + sources.size() * sizeof(Source); }
 };
 
 /// Block tables of a batch; row r starts at tables + r * stride.
@@ -228,62 +229,105 @@ struct Requests {
 /// Sealed segments of one layer, found by the last block of their stretch and trusted only while
 /// every block they cover still has the epoch it had when the stretch was known to be complete.
 ///
+/// A segment has one of a few sizes, the levels. A request wants as much of itself as possible in
+/// segments of the largest level, of the rest as much as possible in the next, and so on: few
+/// segments are few probes, and as it grows, a token is sorted once per level at most. A segment is
+/// made from the codes in the pages, whatever smaller ones there are, and takes their place.
+///
 /// Lookups, writes to the pages and one build may all go on at once.
 class LshIndex {
  public:
   using SegmentPtr = std::shared_ptr<const Segment>;
-  /// A full stretch, by its blocks and their epochs.
+  /// A full stretch, by its blocks and their epochs; as long as one of the levels.
   using Stretch = std::vector<Segment::Source>;
+  /// A segment where it lies in a request.
+  struct Found {
+    SegmentPtr segment;
+    int begin;  // its first token
 
-  LshIndex(const Pages& pages, int num_bits, int segment_tokens)
-      : pages_(pages), num_bits_(num_bits), segment_tokens_(segment_tokens) {}
+    int end() const { return begin + segment->segment_tokens; }
+  };
+
+  /// levels: tokens per segment, ascending, each a multiple of the one before and of the block
+  /// size, at most kMaxSegmentTokens. max_bytes: what all segments together may take; 0: no limit.
+  LshIndex(const Pages& pages, int num_bits, std::vector<int> levels, size_t max_bytes = 0)
+      : pages_(pages),
+        num_bits_(num_bits),
+        levels_(std::move(levels)),
+        max_bytes_(max_bytes),
+        by_last_block_(levels_.size()) {}
 
   const Pages& pages() const { return pages_; }
   int num_bits() const { return num_bits_; }
-  int segment_tokens() const { return segment_tokens_; }
+  const std::vector<int>& levels() const { return levels_; }
 
-  /// The requests' full stretches that lack a segment. Their rows and codes are in the pages, and
-  /// their blocks the requests' own, while this is called.
+  /// The valid segments of a request: ascending and disjoint, at each place the largest.
+  std::vector<Found> find(const int32_t* blocks, int num_tokens) const;
+  /// How many stretches of the best cover have no segment among those that find() found.
+  size_t num_missing(const std::vector<Found>& found, int num_tokens) const;
+  /// The stretches of the requests' best covers that lack a segment and are not known to exceed
+  /// max_bytes. Their rows and codes are in the pages, and their blocks the requests' own, while
+  /// this is called.
   std::vector<Stretch> missing(const Requests& requests) const;
-  /// Frees stale segments and builds those of the stretches that still lack one. A segment is kept
-  /// only if its blocks have their epochs once it is built: till then, any of them may have been
-  /// given to a new owner and overwritten. Returns how many were kept.
+  /// Frees stale segments and builds those of the stretches that still lack one, in turn. A segment
+  /// is kept only if its blocks have their epochs once it is built: till then, any of them may have
+  /// been given to a new owner and overwritten. The smaller ones that it covers are dropped then.
+  /// Returns how many were kept.
   size_t build(const std::vector<Stretch>& stretches, ThreadPool& pool);
-  /// Builds what is missing.
-  size_t seal(const Requests& requests, ThreadPool& pool) { return build(missing(requests), pool); }
+  /// Frees what is stale and builds what is missing.
+  size_t seal(const Requests& requests, ThreadPool& pool) {
+    build({}, pool);  // makes room, on which missing() depends
+    return build(missing(requests), pool);
+  }
   /// Whether a build might free a segment.
   bool may_hold_stale() const {
     return swept_at_.load(std::memory_order_relaxed) != pages_.epochs_started() &&
            num_segments() > 0;
   }
-  /// The valid segment of each full stretch of a request, or null.
-  std::vector<SegmentPtr> find(const int32_t* blocks, int num_tokens) const;
+  /// Unchanged means that missing() and may_hold_stale() answer as before, but for stretches that
+  /// were completed since a block was last begun.
+  uint64_t changes() const {
+    return pages_.epochs_started() + changes_.load(std::memory_order_relaxed);
+  }
   void clear();
 
+  size_t max_bytes() const { return max_bytes_; }
   size_t num_segments() const;
   size_t num_bytes() const;
   size_t segments_built() const;
   size_t segments_dropped() const;
+  /// Builds that were not done, because max_bytes did not allow them. Until something is freed, the
+  /// next ones of that level are not even wanted, and count no more.
+  size_t builds_refused() const;
 
  private:
+  using SegmentMap = std::unordered_map<int32_t, SegmentPtr>;
+
+  size_t level_of(const Stretch& stretch) const;
   bool current(const Stretch& stretch) const;
   bool covers(const Segment& segment, const int32_t* blocks) const;
   bool holds(const Stretch& stretch) const;
   void drop_stale();
-  std::shared_ptr<Segment> allocate(const Stretch& stretch) const;
-  void sort_codes(Segment& segment, int kv_head) const;
+  bool build_one(const Stretch& stretch, ThreadPool& pool);
+  std::shared_ptr<Segment> allocate(const Stretch& stretch);
+  void sort_codes(Segment& segment, ThreadPool& pool) const;
+  SegmentPtr take_out(SegmentMap& map, SegmentMap::iterator place);
 
   const Pages& pages_;
   const int num_bits_;
-  const int segment_tokens_;
+  const std::vector<int> levels_;
+  const size_t max_bytes_;
   std::mutex build_mutex_;  // one build at a time; lookups go on meanwhile
   std::atomic<uint64_t> swept_at_{0};
+  std::atomic<uint64_t> changes_{0};
+  std::atomic<uint32_t> refused_levels_{0};  // a bit each, until something is freed
 
-  mutable std::mutex mutex_;  // guards what follows
-  std::unordered_map<int32_t, SegmentPtr> by_last_block_;
+  mutable std::mutex mutex_;               // guards what follows
+  std::vector<SegmentMap> by_last_block_;  // per level
   size_t num_bytes_ = 0;
   size_t segments_built_ = 0;
   size_t segments_dropped_ = 0;
+  size_t builds_refused_ = 0;
 };
 
 // ------------------------------------------------------- inclusion probability

@@ -76,15 +76,13 @@ Lookup::Plan Lookup::make_plan(const int32_t* blocks, int num_tokens, TokenRange
   if (middle.size() == 0) return plan;
   int token = tile_floor(middle.begin);
   if (input_.index != nullptr) {
-    const std::vector<LshIndex::SegmentPtr> segments = input_.index->find(blocks, num_tokens);
-    const int length = input_.index->segment_tokens();
-    for (size_t j = 0; j < segments.size(); ++j) {
-      const int begin = static_cast<int>(j) * length;
-      if (segments[j] == nullptr) ++unsealed_stretches_;
-      if (segments[j] == nullptr || begin + length <= middle.begin || begin >= middle.end) continue;
-      if (token < begin) cut_by_code(plan, token, begin);
-      plan.stretches.push_back({begin, begin + length, segments[j]});
-      token = begin + length;
+    const std::vector<LshIndex::Found> segments = input_.index->find(blocks, num_tokens);
+    unsealed_stretches_ += input_.index->num_missing(segments, num_tokens);
+    for (const LshIndex::Found& found : segments) {
+      if (found.end() <= middle.begin || found.begin >= middle.end) continue;
+      if (token < found.begin) cut_by_code(plan, token, found.begin);
+      plan.stretches.push_back({found.begin, found.end(), found.segment});
+      token = found.end();
     }
   }
   cut_by_code(plan, token, middle.end);

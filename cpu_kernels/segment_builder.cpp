@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <condition_variable>
 #include <deque>
+#include <map>
 #include <stdexcept>
 #include <thread>
 #include <unordered_map>
@@ -26,14 +27,17 @@ void lower_priority() {
 }  // namespace
 
 struct SegmentBuilder::Worker {
+  /// What an index waits for, smallest first, by size and last block. A later wish for a place
+  /// replaces an earlier one: either both are for the same blocks or those have a new owner.
+  using Wishes = std::map<std::pair<size_t, int32_t>, LshIndex::Stretch>;
+
   FirstError& errors;
 
   std::mutex mutex;  // guards what follows
   std::condition_variable changed;
-  std::deque<LshIndex*> queue;
-  std::unordered_map<const LshIndex*, std::vector<LshIndex::Stretch>> asked;  // of the queue
+  std::deque<LshIndex*> queue;                        // in the order in which they came to wait
+  std::unordered_map<const LshIndex*, Wishes> asked;  // of the queue; none: free what is stale
   LshIndex* running = nullptr;
-  bool cancelled = false;  // what runs
   bool stopping = false;
   bool started = false;
   std::exception_ptr start_error;
@@ -50,14 +54,17 @@ struct SegmentBuilder::Worker {
     std::rethrow_exception(start_error);
   }
 
-  ~Worker() {
+  ~Worker() { stop(); }
+
+  void stop() {
     {
       std::lock_guard<std::mutex> lock(mutex);
       stopping = true;
-      cancelled = true;
+      queue.clear();
+      asked.clear();
     }
     changed.notify_all();
-    thread.join();
+    if (thread.joinable()) thread.join();
   }
 
   void work(const std::vector<int>& cpus) {
@@ -79,36 +86,60 @@ struct SegmentBuilder::Worker {
     for (;;) {
       changed.wait(lock, [this] { return stopping || !queue.empty(); });
       if (stopping) return;
-      running = queue.front();
-      queue.pop_front();
-      const auto entry = asked.find(running);
-      const std::vector<LshIndex::Stretch> stretches = std::move(entry->second);
-      asked.erase(entry);
-      cancelled = false;
-      build(stretches, *pool, lock);
+      const std::vector<LshIndex::Stretch> stretches = next();  // sets running
+      lock.unlock();
+      try {
+        running->build(stretches, *pool);  // frees what is stale, too
+      } catch (...) {
+        errors.note(std::current_exception());
+      }
+      lock.lock();
       running = nullptr;
       changed.notify_all();
     }
   }
 
-  /// Called and left with the lock held.
-  void build(const std::vector<LshIndex::Stretch>& stretches, ThreadPool& pool,
-             std::unique_lock<std::mutex>& lock) {
-    LshIndex& index = *running;
-    lock.unlock();
-    try {
-      index.build({}, pool);  // frees what is stale
-      for (const LshIndex::Stretch& stretch : stretches) {
-        lock.lock();
-        const bool stop = cancelled;
-        lock.unlock();
-        if (stop) break;
-        index.build({stretch}, pool);  // one by one: each serves as soon as it is there
-      }
-    } catch (...) {
-      errors.note(std::current_exception());
+  /// Takes the smallest stretch of all, or a wish for nothing but stale memory: small ones are the
+  /// ends of requests, compared by code until then, while large ones only replace segments that
+  /// serve. Among equals one layer comes after the other, so that a merge that all need in the same
+  /// step is not made for all of them at once.
+  std::vector<LshIndex::Stretch> next() {
+    const auto smallest = [this](const LshIndex* index) {
+      const Wishes& wishes = asked.at(index);
+      return wishes.empty() ? 0 : wishes.begin()->first.first;
+    };
+    const auto turn = std::min_element(
+        queue.begin(), queue.end(),
+        [&](const LshIndex* a, const LshIndex* b) { return smallest(a) < smallest(b); });
+    running = *turn;
+    Wishes& wishes = asked.at(running);
+    std::vector<LshIndex::Stretch> stretches;
+    if (!wishes.empty()) {
+      stretches.push_back(std::move(wishes.begin()->second));
+      wishes.erase(wishes.begin());
     }
-    lock.lock();
+    if (wishes.empty()) {
+      asked.erase(running);
+      queue.erase(turn);
+    }
+    return stretches;
+  }
+
+  /// Adds a wish, and drops smaller ones that it covers: their segments would be replaced at once.
+  static void add(Wishes& wishes, LshIndex::Stretch stretch) {
+    for (auto wish = wishes.begin(); wish != wishes.end() && wish->first.first < stretch.size();) {
+      const size_t size = wish->first.first;
+      for (size_t end = size; end <= stretch.size(); end += size) {
+        const auto covered = wishes.find({size, stretch[end - 1].block});
+        if (covered != wishes.end() &&
+            std::equal(covered->second.begin(), covered->second.end(),
+                       stretch.begin() + static_cast<ptrdiff_t>(end - size)))
+          wishes.erase(covered);
+      }
+      wish = wishes.lower_bound({size + 1, INT32_MIN});
+    }
+    const std::pair<size_t, int32_t> place = {stretch.size(), stretch.back().block};
+    wishes.insert_or_assign(place, std::move(stretch));
   }
 };
 
@@ -120,13 +151,15 @@ SegmentBuilder::~SegmentBuilder() {
   if (getpid() != owner_pid_) static_cast<void>(worker_.release());
 }
 
-void SegmentBuilder::ask(LshIndex& index, std::vector<LshIndex::Stretch> stretches) {
+void SegmentBuilder::ask(LshIndex& index, const Requests& requests) {
+  std::vector<LshIndex::Stretch> missing = index.missing(requests);
+  if (missing.empty() && !index.may_hold_stale()) return;
   {
     std::lock_guard<std::mutex> lock(worker_->mutex);
+    if (worker_->stopping) return;
     const auto [entry, is_new] = worker_->asked.try_emplace(&index);
     if (is_new) worker_->queue.push_back(&index);
-    // Every build frees what is stale: a wish for that alone replaces nothing.
-    if (!stretches.empty()) entry->second = std::move(stretches);
+    for (LshIndex::Stretch& stretch : missing) Worker::add(entry->second, std::move(stretch));
   }
   worker_->changed.notify_all();
 }
@@ -136,22 +169,31 @@ void SegmentBuilder::forget(const LshIndex& index) {
   std::unique_lock<std::mutex> lock(worker_->mutex);
   if (worker_->asked.erase(&index) > 0)
     worker_->queue.erase(std::find(worker_->queue.begin(), worker_->queue.end(), &index));
-  if (worker_->running == &index) worker_->cancelled = true;
   worker_->changed.wait(lock, [&] { return worker_->running != &index; });
   worker_->changed.notify_all();  // drain() may wait for the queue alone
 }
 
 void SegmentBuilder::drain() {
-  if (getpid() != owner_pid_)
-    throw std::runtime_error("This segment builder was made before fork(); make one in the child.");
+  check_owner();
   std::unique_lock<std::mutex> lock(worker_->mutex);
   worker_->changed.wait(lock,
                         [&] { return worker_->queue.empty() && worker_->running == nullptr; });
 }
 
+void SegmentBuilder::close() {
+  check_owner();
+  worker_->stop();
+}
+
 size_t SegmentBuilder::pending() const {
   std::lock_guard<std::mutex> lock(worker_->mutex);
-  return worker_->queue.size() + (worker_->running != nullptr);
+  const LshIndex* running = worker_->running;
+  return worker_->asked.size() + (running != nullptr && worker_->asked.count(running) == 0);
+}
+
+void SegmentBuilder::check_owner() const {
+  if (getpid() != owner_pid_)
+    throw std::runtime_error("This segment builder was made before fork(); make one in the child.");
 }
 
 }  // namespace magicpig

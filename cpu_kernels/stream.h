@@ -138,8 +138,8 @@ class StreamStep {
 
 // ------------------------------------------------- segments in background (segment_builder.cpp)
 
-/// A thread that builds segments for any number of indexes. Nothing waits for it: what lacks a
-/// segment is compared by code.
+/// A thread, with a pool, that builds segments for any number of indexes, one segment at a time.
+/// Nothing waits for it: what lacks a segment is compared by code.
 class SegmentBuilder {
  public:
   /// Throws std::invalid_argument like ThreadPool. All of its threads are niced.
@@ -148,19 +148,24 @@ class SegmentBuilder {
   SegmentBuilder(const SegmentBuilder&) = delete;
   SegmentBuilder& operator=(const SegmentBuilder&) = delete;
 
-  /// Asks for what LshIndex::missing found, and for stale segments to be freed. Replaces what waits
-  /// for this index: an older answer of missing().
-  void ask(LshIndex& index, std::vector<LshIndex::Stretch> stretches);
+  /// Asks for what the requests lack, in addition to what waits already, and for stale segments to
+  /// be freed. The index is alive until it is forgotten.
+  void ask(LshIndex& index, const Requests& requests);
   /// Withdraws what was asked for an index; returns when nothing of it runs any more.
   void forget(const LshIndex& index);
   /// Waits until nothing is queued or running. Throws std::runtime_error in a forked child.
   void drain();
+  /// Withdraws everything and ends the threads, after the segment that is being built; to ask for
+  /// more does nothing. Throws like drain().
+  void close();
   void raise_error() { errors_.raise(); }
   /// Indexes queued or running.
   size_t pending() const;
 
  private:
   struct Worker;  // on the heap, so that a forked child can forget it
+
+  void check_owner() const;
 
   const long owner_pid_;
   FirstError errors_;

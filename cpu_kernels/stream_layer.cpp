@@ -173,10 +173,8 @@ void StreamLayer::ask_for_segments(const Requests& requests) {
   std::vector<int32_t> seq_lens(requests.seq_lens, requests.seq_lens + requests.size);
   for (int32_t& seq_len : seq_lens)
     if (middle_of(seq_len, *parts_.rule).size() < parts_.exact_below) seq_len = 0;
-  std::vector<LshIndex::Stretch> missing =
-      parts_.index->missing({requests.tables, requests.stride, seq_lens.data(), requests.size});
-  if (!missing.empty() || parts_.index->may_hold_stale())
-    parts_.builder->ask(*parts_.index, std::move(missing));
+  parts_.builder->ask(*parts_.index,
+                      {requests.tables, requests.stride, seq_lens.data(), requests.size});
 }
 
 /// rows: [decodes][num_q_heads], -1 where exact. Dummies do not count, nor a step of nothing else.

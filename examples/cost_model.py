@@ -20,7 +20,7 @@ The model is vllm_magicpig/cost_model.py. A report for --fit is a JSON object:
                       magicpig_stats sums over threads are divided by their number.
       sampled_fraction, options, segment_tokens       of magicpig only: sampled rows / middle (its
                       statistics have it), the object given as additional_config's "magicpig", and
-                      the tokens of an index segment
+                      the tokens of an index segment, of the largest where there are sizes
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_magicpig import cost_model
+from vllm_magicpig.capacity import MAX_SEGMENT_TOKENS
 from vllm_magicpig.config import MagicPigOptions, parse_options
 from vllm_magicpig.cost_model import (
     GPUS,
@@ -52,7 +53,6 @@ HOSTS = "100:16,200:32,300:48,400:64,500:64"
 CONTEXTS = "32768,98304,131072"
 BAR = 0.2
 """The error that the model is meant to keep once it is fitted; nearer than that is no difference."""
-MAX_SEGMENT_TOKENS = 65536  # ids are uint16, cpu_kernels/magicpig.h
 SUMS = ("gpu", "lookup", "host", "total")
 
 
@@ -118,7 +118,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--host-memory-gib", type=float, default=256, help="free RAM")
     parser.add_argument("--sampled-fraction", type=float, default=SAMPLED_FRACTION)
     parser.add_argument("--options", default="{}", help='magicpig options, such as {"K": 9}')
-    parser.add_argument("--segment-tokens", type=int, help="of the index; default: the package's")
+    parser.add_argument(
+        "--segment-tokens", type=int, help="one size for all; default: the package's sizes"
+    )
     parser.add_argument("--terms", action="store_true", help="also print every term")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw throughput ratios")
     parser.add_argument("--fit", type=Path, metavar="JSON", help="compare with measurements")
@@ -137,9 +139,7 @@ def options_of(text: str) -> MagicPigOptions:
 
 def segment_tokens_of(given: int | None) -> int:
     if given is None:
-        from vllm_magicpig.lsh_index import SEGMENT_TOKENS  # imports torch
-
-        return SEGMENT_TOKENS
+        return MAX_SEGMENT_TOKENS
     if not 1 <= given <= MAX_SEGMENT_TOKENS:
         raise ValueError(
             f"segment tokens are {given}, but must be 1 to {MAX_SEGMENT_TOKENS:,}; correct "
@@ -177,13 +177,17 @@ def parse_context(text: str) -> int:
 # ------------------------------------------------------------------------------------------- tables
 
 
+def segment_sizes_text(segment_tokens: int) -> str:
+    return ", ".join(f"{size:,}" for size in cost_model.segment_sizes(segment_tokens))
+
+
 def heading(question: Question, memory_gib: float) -> str:
     o = question.options
     return (
         f"{question.model.name}, K = {o.K}, L = {o.L}, {question.fraction:.1%} of the middle sampled, "
-        f"index segments of {question.segment_tokens:,} tokens, hosts with {memory_gib:g} GiB of free "
-        "RAM. Each side runs as many requests of the context's length as it holds. TPOT: time per "
-        "output token. PREDICTED, not measured: see the sources at the end."
+        f"index segments of {segment_sizes_text(question.segment_tokens)} tokens, hosts with "
+        f"{memory_gib:g} GiB of free RAM. Each side runs as many requests of the context's length as "
+        "it holds. TPOT: time per output token. PREDICTED, not measured: see the sources at the end."
     )
 
 

@@ -132,14 +132,15 @@ def budget(gib: float | None, total_gib: float | None) -> dict[str, Any]:
 
 def host_bytes_per_block(config: Mapping[str, Any], options: MagicPigOptions) -> int:
     """Of pages and index, all sampled layers."""
-    from vllm_magicpig.lsh_index import SEGMENT_TOKENS  # imports torch
+    sparse, heads, num_bits, num_tables = sampled_shape(config, options)
+    pages = capacity.host_block_bytes(sparse, heads, config["head_dim"], 2, num_tables, BLOCK_SIZE)
+    return pages + capacity.index_bytes_per_block(sparse, heads, num_bits, num_tables, BLOCK_SIZE)
 
+
+def sampled_shape(config: Mapping[str, Any], options: MagicPigOptions) -> tuple[int, int, int, int]:
+    """Sampled layers, their kv heads, K and the tables of their pages."""
     sparse = sum(not options.is_dense(layer) for layer in range(config["num_hidden_layers"]))
-    heads, head_size = config["num_key_value_heads"], config["head_dim"]
-    pages = capacity.host_block_bytes(sparse, heads, head_size, 2, options.code_words, BLOCK_SIZE)
-    return pages + capacity.index_bytes_per_block(
-        sparse, heads, options.K, options.indexed_tables, BLOCK_SIZE, SEGMENT_TOKENS
-    )
+    return sparse, config["num_key_value_heads"], options.K, options.indexed_tables
 
 
 def host_gib(config: Mapping[str, Any], options: MagicPigOptions, sizes: SpeedScale) -> float:
@@ -148,8 +149,11 @@ def host_gib(config: Mapping[str, Any], options: MagicPigOptions, sizes: SpeedSc
         number * -(-(length + sizes.output_tokens) // BLOCK_SIZE)
         for length, number in our_cases(sizes)
     )
-    # The null block, and a tenth of a GiB against rounding.
-    return round(host_bytes_per_block(config, options) * (blocks + 1) / GIB + 0.1, 1)
+    host_bytes = host_bytes_per_block(config, options) * (blocks + 1)  # with the null block
+    host_bytes += capacity.index_spare_bytes(
+        *sampled_shape(config, options), BLOCK_SIZE, max(length for length, _ in our_cases(sizes))
+    )
+    return round(host_bytes / GIB + 0.1, 1)  # a tenth against rounding
 
 
 def add_model_rows(part: Part, context: Context, ours: Side, dense: Side) -> None:

@@ -33,7 +33,6 @@ from vllm_magicpig.capacity import GIB, Capacity
 from vllm_magicpig.config import MagicPigOptions
 from vllm_magicpig.cost_model import MODELS, ModelShape
 from vllm_magicpig.device_backend import DevicePageBackend
-from vllm_magicpig.lsh_index import SEGMENT_TOKENS
 
 DTYPE = torch.bfloat16
 LAYOUTS = (KVCacheLayout.LBNHC, KVCacheLayout.LBHNC)
@@ -204,9 +203,10 @@ def capacity_row(
             sparse, heads, head_size, itemsize, options.code_words, block_size
         ),
         capacity.index_bytes_per_block(
-            sparse, heads, options.K, options.indexed_tables, block_size, SEGMENT_TOKENS
+            sparse, heads, options.K, options.indexed_tables, block_size
         ),
         block_bytes(model, options, block_size),
+        index_spare_bytes=spare_bytes(model, options, block_size),
     )
     # A worker reports no more device memory than its host pool has blocks for.
     reported = min(planned.device_bytes, planned.num_blocks * planned.device_block_bytes)
@@ -225,6 +225,18 @@ def capacity_row(
     )
 
 
+def spare_bytes(model: ModelShape, options: MagicPigOptions, block_size: int) -> int:
+    """Of the index, all sparse layers, beside that of the blocks."""
+    return capacity.index_spare_bytes(
+        num_sparse_layers(model, options),
+        model.num_kv_heads,
+        options.K,
+        options.code_words,
+        block_size,
+        MAX_MODEL_LEN,
+    )
+
+
 def heading(
     name: str, model: ModelShape, options: MagicPigOptions, block_size: int, ranks: int
 ) -> str:
@@ -238,8 +250,9 @@ def heading(
         block_size,
     )
     index = capacity.index_bytes_per_block(
-        sparse, model.num_kv_heads, options.K, options.indexed_tables, block_size, SEGMENT_TOKENS
+        sparse, model.num_kv_heads, options.K, options.indexed_tables, block_size
     )
+    spare = spare_bytes(model, options, block_size)
     per_rank = "" if ranks == 1 else f", each of {ranks} ranks"
     return (
         f"{name}{per_rank}, bf16, {model.num_layers - sparse} dense and {sparse} sparse layers, K = "
@@ -248,7 +261,8 @@ def heading(
         f"{capacity.DEVICE_RESERVE_BYTES / GIB:g} GiB for activations, graphs and staging; pages and "
         f"index take {capacity.DEFAULT_RAM_SHARE:.0%} of the host's free RAM. A block of {block_size} "
         f"tokens takes {block_bytes(model, options, block_size):,} bytes on the device, {page:,} in "
-        f"host pages and {index:,} in the index (segments of {SEGMENT_TOKENS:,} tokens)."
+        f"host pages and up to {index:,} in the index; the largest segments take "
+        f"{spare / GIB:.1f} GiB more while they are built."
     )
 
 

@@ -12,34 +12,33 @@ from vllm_magicpig import _C
 def sealed(world: World, request: Request) -> list[int]:
     """Segments of a request, per layer."""
     (table,), (length,) = world.batch([request])
-    return [layer.layer.index.count_sealed(table, int(length)) for layer in world.layers]
+    return [len(layer.layer.index.find(table, int(length))) for layer in world.layers]
 
 
 class Busy:
     """Work for the builder that takes it most of a second, on an idle machine, while a test looks at
-    what is queued behind it: segments of 255 tables."""
+    what is queued behind it: segments no larger than any other, so that their turn comes first, with
+    offsets of 255 tables by 2**num_bits buckets."""
 
     num_segments = 36
 
-    def __init__(
-        self, driver: FakeDriver, builder: _C.SegmentBuilder, segment_tokens: int = 16384
-    ) -> None:
+    def __init__(self, driver: FakeDriver, builder: _C.SegmentBuilder, num_bits: int = 15) -> None:
         self.world = world = World(
             driver,
             builder=builder,
             num_blocks=self.num_segments,
             num_kv_heads=1,
             num_tables=255,
-            block_size=segment_tokens,
-            segment_tokens=segment_tokens,
+            num_bits=num_bits,
+            levels=[32],
         )
         world.set_centers()
         self.layer = world.layers[0]
         self.index = self.layer.layer.index
-        self.starts = np.arange(self.num_segments) * segment_tokens
+        self.starts = np.arange(self.num_segments) * 32
         # Whatever lies in the pages is as good as any code: this is about time.
         world.block_tables[0] = np.arange(self.num_segments)
-        world.seq_lens[0] = self.num_segments * segment_tokens
+        world.seq_lens[0] = self.num_segments * 32
         world.slots[0] = 0
         self.step = _C.StreamStep(
             world.metadata,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -89,7 +90,8 @@ class Layer:
     num_bits: int = 3
     head_size: int = 16
     block_size: int = 32
-    segment_tokens: int = 64
+    levels: Sequence[int] = (64,)
+    max_bytes: int = 0
     dtype: torch.dtype = torch.float32
     native: ModuleType = _C
     memory: npt.NDArray[np.uint8] = field(init=False)
@@ -106,7 +108,9 @@ class Layer:
         self.pages = self.native.Pages(self.memory, name, self.block_size, self.head_size, words)
         self.index = None  # K = 1 has no buckets
         if self.num_bits > 1:
-            self.index = self.native.LshIndex(self.pages, self.num_bits, self.segment_tokens)
+            self.index = self.native.LshIndex(
+                self.pages, self.num_bits, self.levels, self.max_bytes
+            )
 
     def rule(self, rule: Rule) -> _C.SampleRule:
         return rule.native(self.num_bits, self.num_tables, self.native)
@@ -155,6 +159,17 @@ class Layer:
             pool=self.pool(num_threads),
         )
         return [[positions for positions, _, _ in heads] for heads in samples]
+
+
+def best_cover(num_tokens: int, levels: Sequence[int]) -> list[tuple[int, int]]:
+    """What a request wants segments for: (begin, end), ascending."""
+    cover = []
+    begin = 0
+    for tokens in reversed(levels):
+        while begin + tokens <= num_tokens:
+            cover.append((begin, begin + tokens))
+            begin += tokens
+    return cover
 
 
 def expected_sample(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,12 +26,10 @@ class Request:
 class Engine:
     """Allocation as an engine with prefix caching does it; every live request is checked."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, levels: Sequence[int] = (SEGMENT,)) -> None:
         self.random = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
-        self.layer = Layer(
-            NUM_BLOCKS, HEADS, NUM_TABLES, 2, block_size=BLOCK, segment_tokens=SEGMENT
-        )
+        self.layer = Layer(NUM_BLOCKS, HEADS, NUM_TABLES, 2, block_size=BLOCK, levels=levels)
         self.users = [0] * NUM_BLOCKS
         self.content: list[torch.Tensor | None] = [None] * NUM_BLOCKS  # of full blocks
         self.running: list[Request] = []
@@ -126,6 +125,7 @@ class Engine:
         self.check_sample()
 
     def check_memory(self) -> None:
+        """Segments of one level only."""
         index = self.layer.index
         per_head = NUM_TABLES * (SEGMENT + 4 + 2) * 2
         sources = SEGMENT // BLOCK * 16

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_helpers import Layer, pool
+from native_helpers import Layer, best_cover, pool
 
 from vllm_magicpig import _C, capacity
 from vllm_magicpig.capacity import GIB
@@ -51,15 +51,36 @@ def test_host_bytes_of_a_block() -> None:
 
 
 @pytest.mark.parametrize(
+    ("block_size", "levels"),
+    [
+        (32, [1024, 4096, 16384, 65536]),
+        (96, [1056, 4224, 16896, 50688]),  # the last is three times the one before
+        (128, [1024, 4096, 16384, 65536]),
+        (2048, [2048, 8192, 32768, 65536]),
+        (3072, [3072, 12288, 49152]),
+        (65536, [65536]),
+    ],
+)
+def test_levels(block_size: int, levels: list[int]) -> None:
+    assert capacity.segment_levels(block_size) == levels
+
+
+@pytest.mark.parametrize("block_size", range(32, 65537, 32 * 37))
+def test_levels_are_such_as_the_index_takes(block_size: int) -> None:
+    layer = Layer(1, block_size=block_size, levels=capacity.segment_levels(block_size))
+    assert layer.index.num_segments == 0
+
+
+@pytest.mark.parametrize(
     ("num_kv_heads", "num_bits", "num_tables", "segment_tokens"),
     [
         (2, 3, 8, 64),  # far below a huge page
-        (1, 10, 150, 2048),  # the default of one head, still below
-        (8, 10, 150, 2048),  # the default of eight: four huge pages
+        (1, 10, 150, 2048),  # one head of the default, still below
+        (8, 10, 150, 1024),  # the default of eight: in pages of its own
         (2, 6, 9, 65536),  # the largest segment
     ],
 )
-def test_index_bytes_are_those_of_a_native_segment(
+def test_bytes_of_a_segment_are_those_of_a_native_one(
     num_kv_heads: int, num_bits: int, num_tables: int, segment_tokens: int
 ) -> None:
     block_size = 64
@@ -70,34 +91,73 @@ def test_index_bytes_are_those_of_a_native_segment(
         num_tables=num_tables,
         num_bits=num_bits,
         block_size=block_size,
-        segment_tokens=segment_tokens,
+        levels=[segment_tokens],
     )
     blocks = np.arange(num_blocks)
     codes = torch.zeros(num_kv_heads, segment_tokens, num_tables, dtype=torch.int32)
     layer.store_codes(blocks, 0, codes)
     table = blocks.astype(np.int32)[None]
     assert layer.index.seal(table, np.array([segment_tokens], np.int32), pool()) == 1
-
-    per_block = capacity.index_bytes_per_block(
-        1, num_kv_heads, num_bits, num_tables, block_size, segment_tokens
+    assert layer.index.num_bytes == capacity.segment_bytes(
+        num_kv_heads, num_bits, num_tables, block_size, segment_tokens
     )
-    assert per_block == -(-layer.index.num_bytes // num_blocks)
 
 
-@pytest.mark.parametrize(
-    ("segment_tokens", "huge_pages"),
-    # 8 heads x 150 tables x (tokens ids + 1,026 offsets) x 2 bytes, in pages of 2 MiB.
-    [(2048, 4), (8192, 11), (65536, 77)],
-)
-def test_index_bytes_by_hand(segment_tokens: int, huge_pages: int) -> None:
-    blocks = segment_tokens // 128
-    expected = 30 * (huge_pages * (2 << 20) + blocks * 16) / blocks
-    found = capacity.index_bytes_per_block(30, 8, 10, 150, 128, segment_tokens)
-    assert 0 <= found - expected < 1, "rounded up"
+def test_index_bytes_by_hand() -> None:
+    # Segments of 1,024 tokens: 8 heads x 150 tables x (ids + 1,026 offsets) x 2 bytes, in pages of
+    # 4 KiB, and 8 sources.
+    segment = -(-8 * 150 * (1024 + 1026) * 2 // 4096) * 4096 + 8 * 16
+    assert capacity.index_bytes_per_block(30, 8, 10, 150, 128) == 30 * segment / 8
+
+
+@pytest.mark.parametrize("max_model_len", [1023, 1024, 4095, 4096, 20_000, 65_536, 1 << 30])
+@pytest.mark.parametrize("block_size", [96, 128, 2048])
+def test_growth_of_a_request_fits_beside_requests_of_the_worst_case(
+    block_size: int, max_model_len: int
+) -> None:
+    """At each merge of a request that fills all blocks."""
+    layer = (8, 10, 150, block_size)
+    levels = capacity.segment_levels(block_size)
+    sizes = {tokens: capacity.segment_bytes(*layer, tokens) for tokens in levels}
+    most = 0
+    for length in range(levels[0], min(max_model_len, 140_000) + 1, levels[0]):
+        before, now = (
+            [end - begin for begin, end in best_cover(n, levels)]
+            for n in (length - levels[0], length)
+        )
+        if length > levels[0]:
+            new = now[-1]
+            held = sum(sizes[tokens] for tokens in before) + sizes[new]
+            bound = capacity.max_index_bytes(length // block_size, *layer, max_model_len)
+            assert held <= bound
+            most = max(
+                most, held - length // block_size * capacity.index_bytes_per_block(1, *layer)
+            )
+    assert capacity.index_spare_bytes(1, *layer, max_model_len) >= most
+
+
+def test_spare_bytes_by_hand() -> None:
+    one, four, sixteen, all64 = (
+        capacity.segment_bytes(8, 10, 150, 128, n) for n in (1024, 4096, 16384, 65536)
+    )
+    assert capacity.index_spare_bytes(1, 8, 10, 150, 128, 4095) == 0
+    # Segments of 1,024 tokens are planned for; the last of each merge never exists.
+    assert capacity.index_spare_bytes(1, 8, 10, 150, 128, 4096) == four + 3 * one - 4 * one
+    most = all64 + 3 * sixteen + 3 * four + 3 * one - 64 * one
+    assert capacity.index_spare_bytes(30, 8, 10, 150, 128, 1 << 30) == 30 * most
+
+
+def test_what_is_planned_for_is_what_the_index_may_take() -> None:
+    per_block = capacity.index_bytes_per_block(30, 8, 10, 150, 128)
+    spare = capacity.index_spare_bytes(30, 8, 10, 150, 128, 131072)
+    found = plan(100 << 30, 1 << 40, index_bytes_per_block=per_block, index_spare_bytes=spare)
+    may_take = 30 * capacity.max_index_bytes(found.num_blocks, 8, 10, 150, 128, 131072)
+    assert 0 <= may_take - (found.used_host_bytes - found.page_bytes) < 30 * found.num_blocks
 
 
 def test_exact_attention_has_no_index() -> None:
-    assert capacity.index_bytes_per_block(30, 8, 0, 0, 128, 2048) == 0
+    assert capacity.index_bytes_per_block(30, 8, 0, 0, 128) == 0
+    assert capacity.index_spare_bytes(30, 8, 0, 0, 128, 131072) == 0
 
 
 # ----------------------------------------------------------------------------------------- planning
@@ -108,6 +168,12 @@ def test_pages_and_index_share_the_host_budget() -> None:
     assert (found.host_blocks, found.device_blocks, found.num_blocks) == (10, 100, 10)
     assert found.limited_by == "host memory"
     assert (found.page_bytes, found.used_host_bytes) == (700, 1000)
+
+
+def test_the_spare_bytes_come_first() -> None:
+    found = plan(host_bytes=1099, device_bytes=1000, index_spare_bytes=300)
+    assert (found.num_blocks, found.used_host_bytes) == (7, 1000)
+    assert plan(host_bytes=299, device_bytes=1000, index_spare_bytes=300).num_blocks == 0
 
 
 def test_the_device_limits() -> None:

@@ -281,13 +281,14 @@ def test_more_host_memory_holds_more_requests() -> None:
 
 
 def test_requests_held_are_those_of_the_capacity_plan() -> None:
-    held = model.held_requests(LLAMA, DEFAULTS, GPUS["RTX 4090"], HOST, 131_072, 2048)
+    held = model.held_requests(LLAMA, DEFAULTS, GPUS["RTX 4090"], HOST, 131_072)
     plan = capacity.plan_blocks(
         capacity.default_host_bytes(256 << 30, 1),
         capacity.device_kv_bytes(24 << 30, LLAMA.weight_bytes),
         capacity.host_block_bytes(30, 8, 128, 2, 150, 128),
-        capacity.index_bytes_per_block(30, 8, 10, 150, 128, 2048),
+        capacity.index_bytes_per_block(30, 8, 10, 150, 128),
         capacity.device_block_bytes(2, 30, 8, 128, 2, 128),
+        index_spare_bytes=capacity.index_spare_bytes(30, 8, 10, 150, 128, 131_072),
     )
     assert (held.dense, held.sampled) == (0, plan.requests(128, 131_072))
 

@@ -51,6 +51,16 @@ def test_more_threads_than_cores_share_them(monkeypatch: pytest.MonkeyPatch) -> 
     assert cpus.kernel_cpus(1) == [6]
 
 
+def test_segments_are_built_where_the_kernel_is_not_if_there_is_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
+    assert cpus.builder_cpus([0, 1]) == [2, 3]
+    assert cpus.builder_cpus([0, 1, 2, 3]) == [4, 5]
+    assert cpus.builder_cpus([0, 1, 2, 3, 4]) == [0, 1, 2, 3, 4], "one would be too slow for five"
+    assert cpus.builder_cpus(list(range(6))) == list(range(6))
+
+
 @pytest.fixture
 def sixteen_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPUs 0-7 on node 0 and 8-15 on node 1, no hyperthreads."""

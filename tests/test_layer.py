@@ -13,7 +13,7 @@ from vllm_magicpig.config import MagicPigOptions
 from vllm_magicpig.decode import DecodeKernel
 from vllm_magicpig.host_pages import HostPages
 from vllm_magicpig.key_center import KeyCenter
-from vllm_magicpig.lsh_index import SEGMENT_TOKENS, LshIndex
+from vllm_magicpig.lsh_index import LshIndex
 from vllm_magicpig.projection import Projection
 from vllm_magicpig.stats import LayerStats
 from vllm_magicpig.step import Chunk, Step
@@ -35,7 +35,10 @@ class Layer:
         self.center = KeyCenter(source, 3, 0, KV_HEADS)
         self.center.prepare(HEAD_SIZE)
         self.projection = Projection(OPTIONS, 3, HEAD_SIZE, self.isa, self.pool)
-        self.index = LshIndex(OPTIONS, self.pages, self.projection, self.center, self.pool)
+        self.builder = _C.SegmentBuilder([0])
+        self.index = LshIndex(
+            OPTIONS, self.pages, self.projection, self.center, self.pool, self.builder
+        )
         self.stats = LayerStats()
         self.kernel = DecodeKernel(
             OPTIONS, self.pages, self.index, 0.125, self.isa, self.pool, self.stats
@@ -116,7 +119,79 @@ def test_a_prompt_in_chunks_then_decode_steps(dtype: torch.dtype) -> None:
         layer.append("a", num_tokens)
     for _ in range(3):
         assert_decodes_as_the_reference(layer, "a")
-    assert layer.index.native.segments_built == 2200 // SEGMENT_TOKENS
+    layer.builder.drain()
+    assert_decodes_as_the_reference(layer, "a")
+    table = np.array(layer.blocks["a"], np.int32)
+    assert layer.index.native.find(table, 2204) == [(0, 1024), (1024, 2048)]
+
+
+def test_nobody_waits_for_the_builder_and_its_progress_changes_no_sample() -> None:
+    """The same life with a builder that has ended, one that is drained after each step and one that
+    works beside the steps: the same bits out."""
+    outs: dict[str, list[torch.Tensor]] = {}
+    built = {}
+    for builder in ("ended", "drained", "racing"):
+        layer = Layer()
+        if builder == "ended":
+            layer.builder.close()
+        outs[builder] = []
+        for request, num_tokens in (("a", 1500), ("b", 2100), ("a", 2590)):
+            layer.append(request, num_tokens)
+        torch.manual_seed(1)
+        for _ in range(30):
+            for request in ("a", "b"):
+                step = layer.append(request, 1)
+                outs[builder].append(layer.kernel.attend(torch.randn(1, HEADS, HEAD_SIZE), step))
+            if builder == "drained":
+                layer.builder.drain()
+        layer.builder.raise_error()
+        layer.index.native.clear()
+        built[builder] = layer.index.native.segments_built
+    for other in ("drained", "racing"):
+        assert all(map(torch.equal, outs["ended"], outs[other]))
+    assert built["ended"] == 0
+    # The last levels of 4,120 and of 2,130 tokens; whether those before them came first is chance.
+    assert built["drained"] >= 3
+
+
+def test_python_asks_only_when_something_changed(layer: Layer) -> None:
+    layer.append("a", 3000)
+    asked = []
+    ask = layer.index._ask
+    layer.index._ask = lambda step: (asked.append(int(step.seq_lens[0])), ask(step))  # type: ignore[method-assign]
+    for _ in range(80):
+        layer.builder.drain()
+        layer.append("a", 1)
+    # 3,001: the builder had built. 3,073: a block was begun, behind the one that completed the third
+    # segment; 3,074: that one was built.
+    assert asked == [3001, 3073, 3074]
+    table = np.array(layer.blocks["a"], np.int32)
+    assert layer.index.native.find(table, 3080) == [(0, 1024), (1024, 2048), (2048, 3072)]
+
+
+def test_memory_of_a_finished_request_is_given_back_by_the_steps_of_others(layer: Layer) -> None:
+    layer.append("a", 2500)
+    layer.append("b", 600)
+    layer.builder.drain()
+    assert layer.index.native.num_segments == 2
+    layer._free += reversed(layer.blocks.pop("a"))
+    layer.append("c", 200)
+    layer.builder.drain()
+    assert layer.index.native.num_segments == 1, "the first lost two of its blocks"
+    layer.append("d", 900)
+    layer.builder.drain()
+    assert (layer.index.native.num_segments, layer.index.native.num_bytes) == (0, 0)
+
+
+def test_an_index_goes_while_the_builder_works_for_it(layer: Layer) -> None:
+    for request in "abc":
+        layer.append(request, 2100)
+    pages = layer.pages.native
+    del layer.index, layer.kernel
+    assert layer.builder.pending == 0
+    assert pages.num_tokens == 6300
+    layer.builder.drain()
+    layer.builder.raise_error()
 
 
 def test_the_first_long_prompt_freezes_the_centre_and_rows_stored_before_get_their_codes(

@@ -31,7 +31,7 @@ def make_pages(**changes: Any) -> _C.Pages:
 
 
 PAGES = make_pages()
-INDEX = _C.LshIndex(PAGES, 3, 32)
+INDEX = _C.LshIndex(PAGES, 3, [32])
 TABLE = inclusion_table(3, 4)
 
 
@@ -70,7 +70,7 @@ LENS = np.array([96, 40], np.int32)
 
 def seal(**changes: Any) -> int:
     arguments: dict[str, Any] = {"block_tables": TABLES, "seq_lens": LENS, "pool": pool()}
-    return _C.LshIndex(PAGES, 3, 32).seal(**{**arguments, **changes})
+    return _C.LshIndex(PAGES, 3, [32]).seal(**{**arguments, **changes})
 
 
 def sample(**changes: Any) -> list[list[np.ndarray]]:
@@ -136,7 +136,7 @@ def test_zero_of_everything() -> None:
     assert np.isneginf(lse).all()
     assert _C.pack_codes(zeros(0, 8), 4, ISA, pool()).shape == (0, 2)
     pages = make_pages(memory=zeros(0, 2, CHUNK, dtype=np.uint8))
-    assert _C.LshIndex(pages, 3, 32).seal(**no_tokens, pool=pool()) == 0
+    assert _C.LshIndex(pages, 3, [32]).seal(**no_tokens, pool=pool()) == 0
 
 
 ROWS = [
@@ -192,7 +192,7 @@ RULES = [
     ({"query_codes": zeros(2, 4, 4, dtype=np.int32)}, "query_codes is int32"),
     ({"rule": Rule().native(3, 5)}, r"\(3, 5\), which take 5 code words"),
     ({"rule": Rule().native(4, 4)}, "rule is for K = 4, but the index for K = 3"),
-    ({"index": _C.LshIndex(make_pages(), 3, 32)}, "index belongs to other pages"),
+    ({"index": _C.LshIndex(make_pages(), 3, [32])}, "index belongs to other pages"),
 ]
 DECODES = [
     ({"query": zeros(2, 4, 24)}, r"query has shape \(2, 4, 24\)"),
@@ -217,21 +217,25 @@ DECODES = [
 ]
 OTHERS = [
     (lambda: _C.resolve_isa("avx1024"), {}, '"avx1024".*auto, portable'),
-    (lambda: _C.LshIndex(PAGES, 0, 32), {}, "num_bits is 0"),
-    (lambda: _C.LshIndex(PAGES, 16, 32), {}, "num_bits is 16"),
-    (lambda: _C.LshIndex(PAGES, 3, 48), {}, "segment_tokens is 48"),
-    (lambda: _C.LshIndex(PAGES, 3, 0), {}, "segment_tokens is 0"),
-    (lambda: _C.LshIndex(PAGES, 3, 65_568), {}, "segment_tokens is 65568"),
-    (lambda: _C.LshIndex(make_pages(code_words=0), 3, 32), {}, "code_words = 0"),
+    (lambda: _C.LshIndex(PAGES, 0, [32]), {}, "num_bits is 0"),
+    (lambda: _C.LshIndex(PAGES, 16, [32]), {}, "num_bits is 16"),
+    (lambda: _C.LshIndex(PAGES, 3, []), {}, "levels is empty"),
+    (lambda: _C.LshIndex(PAGES, 3, [48]), {}, r"levels\[0\] is 48, .* the block size 32 up to"),
+    (lambda: _C.LshIndex(PAGES, 3, [0]), {}, r"levels\[0\] is 0"),
+    (lambda: _C.LshIndex(PAGES, 3, [32, 65_568]), {}, r"levels\[1\] is 65568"),
+    (lambda: _C.LshIndex(PAGES, 3, [64, 96]), {}, r"levels\[1\] is 96, .* before it, 64"),
+    (lambda: _C.LshIndex(PAGES, 3, [64, 64]), {}, r"levels\[1\] is 64"),
+    (lambda: _C.LshIndex(PAGES, 3, [32], -1), {}, "max_bytes is -1"),
+    (lambda: _C.LshIndex(make_pages(code_words=0), 3, [32]), {}, "code_words = 0"),
     (lambda: make_pages(code_words=0).load_codes(zeros(1, dtype=np.int64)), {}, "code_words = 0"),
     (lambda: PAGES.load_codes(np.array([3, -1], np.int64)), {}, r"slots\[1\] is -1"),
     (lambda: PAGES.load_codes(np.array([192], np.int64)), {}, r"slots\[0\] is 192"),
     (lambda: PAGES.epoch(6), {}, "block is 6"),
     (lambda: PAGES.epoch(-1), {}, "block is -1"),
-    (lambda: INDEX.count_sealed(TABLES[0], 97), {}, r"block_table\[3\] is 99"),
-    (lambda: INDEX.count_sealed(TABLES[0], 129), {}, "num_tokens is 129"),
-    (lambda: INDEX.count_sealed(TABLES[0], -1), {}, "num_tokens is -1"),
-    (lambda: INDEX.count_sealed(TABLES, 1), {}, "block_table has shape"),
+    (lambda: len(INDEX.find(TABLES[0], 97)), {}, r"block_table\[3\] is 99"),
+    (lambda: len(INDEX.find(TABLES[0], 129)), {}, "num_tokens is 129"),
+    (lambda: len(INDEX.find(TABLES[0], -1)), {}, "num_tokens is -1"),
+    (lambda: len(INDEX.find(TABLES, 1)), {}, "block_table has shape"),
     (lambda: _C.InclusionTable(0, 4), {}, "num_bits is 0"),
     (lambda: _C.InclusionTable(3, 256), {}, "num_tables is 256"),
     (lambda: _C.InclusionTable(1, 272), {}, "num_tables is 272"),

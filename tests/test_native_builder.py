@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from builder_helpers import Busy, sealed
 from fake_driver import FakeDriver
-from native_helpers import pool
+from native_helpers import Layer, pool
 from stream_helpers import CPUS, World, fake_driver
 
 from vllm_magicpig import _C
@@ -102,8 +102,8 @@ def test_blocks_reissued_while_queued_are_not_registered(driver: FakeDriver) -> 
     assert layer.layer.index.segments_built == 0
     builder.drain()
     assert layer.layer.index.segments_built == 1
-    assert layer.layer.index.count_sealed(tables[0], 140) == 1
-    assert layer.layer.index.count_sealed(tables[0, :2], 64) == 1, "the first stretch is as it was"
+    assert len(layer.layer.index.find(tables[0], 140)) == 1
+    assert len(layer.layer.index.find(tables[0, :2], 64)) == 1, "the first stretch is as it was"
     assert layer.layer.index.segments_dropped == 0
     builder.raise_error()
 
@@ -124,14 +124,14 @@ def test_blocks_reissued_while_being_built_are_not_registered(
     # One that was just being registered may have counted; the others were not built at all.
     assert busy.index.segments_built <= built + 1
     blocks = np.arange(busy.num_segments, dtype=np.int32)
-    assert busy.index.count_sealed(blocks, len(blocks) * 16384) == 0
+    assert len(busy.index.find(blocks, len(blocks) * 32)) == 0
     busy.start()
     builder.drain()
     assert busy.index.num_segments == len(blocks)
     assert busy.index.segments_dropped == busy.index.segments_built - len(blocks)
 
 
-def test_a_replaced_entry_heals(driver: FakeDriver) -> None:
+def test_what_is_asked_for_adds_up(driver: FakeDriver) -> None:
     builder = _C.SegmentBuilder(CPUS[:1])
     busy, world = Busy(driver, builder), World(driver, builder=builder)
     world.set_centers()
@@ -141,12 +141,45 @@ def test_a_replaced_entry_heals(driver: FakeDriver) -> None:
     world.synchronize()
     assert builder.pending == 2, "one entry for the layer, behind the busy one"
     builder.drain()
-    assert [sealed(world, first), sealed(world, second)] == [[0], [1]]
-    world.step([first, second])
-    world.synchronize()
-    builder.drain()
     assert [sealed(world, first), sealed(world, second)] == [[2], [1]]
-    world.check()
+    assert world.layers[0].layer.index.segments_built == 3
+
+
+def test_small_segments_first_then_layer_by_layer(driver: FakeDriver) -> None:
+    """One by one, behind others: the tails of both layers, then the large segments of both."""
+    builder = _C.SegmentBuilder(CPUS[:1])
+    busy = Busy(driver, builder, num_bits=12)
+    layers = [Layer(24, num_tables=255, num_bits=12, levels=[64, 256]) for _ in range(2)]
+    tables, lens = np.arange(24, dtype=np.int32)[None], np.array([700], np.int32)
+    busy.start()
+    for layer in layers:
+        builder.ask(layer.index, tables, lens)
+    orders = set()
+    while builder.pending:
+        found = tuple(tuple(layer.index.find(tables[0], 700)) for layer in layers)
+        orders.add((len(found[0]), len(found[1])))
+        small = [any(end - begin == 64 for begin, end in f) for f in found]
+        large = [any(end - begin == 256 for begin, end in f) for f in found]
+        # The second is looked at later, so that it may be further than the first was.
+        assert not large[0] or small[1]
+        assert not small[1] or len(found[0]) > 0
+    for layer in layers:
+        assert layer.index.find(tables[0], 700) == [(0, 256), (256, 512), (512, 576), (576, 640)]
+    assert len(orders) > 2, "they were not looked at while the builder worked"
+
+
+def test_a_wish_for_a_large_segment_withdraws_those_that_it_covers(driver: FakeDriver) -> None:
+    builder = _C.SegmentBuilder(CPUS[:1])
+    busy = Busy(driver, builder)
+    layer = Layer(24, levels=[64, 256])
+    tables = np.arange(24, dtype=np.int32)[None]
+    busy.start()
+    for length in (192, 256, 400):
+        builder.ask(layer.index, tables, np.array([length], np.int32))
+    assert layer.index.segments_built == 0, "they still wait behind the busy one"
+    builder.drain()
+    assert layer.index.find(tables[0], 400) == [(0, 256), (256, 320), (320, 384)]
+    assert (layer.index.segments_built, layer.index.segments_dropped) == (3, 0)
 
 
 def test_asking_for_nothing_replaces_nothing(driver: FakeDriver) -> None:
@@ -253,6 +286,46 @@ def test_layers_and_builder_may_go_while_it_works(driver: FakeDriver) -> None:
             del builder, busy, world
         assert index.segments_built < Busy.num_segments
         assert index.num_segments == index.segments_built
+
+
+def test_a_builder_that_runs_out_of_memory_says_so_and_goes_on() -> None:
+    """255 tables of 32,768 buckets for 64 heads: a segment of a GiB, beyond the limit set below."""
+    resource = pytest.importorskip("resource")
+    builder = _C.SegmentBuilder(CPUS[:1])
+    layer = Layer(4, num_kv_heads=64, num_tables=255, num_bits=15, levels=[32])
+    tables, lens = np.arange(4, dtype=np.int32)[None], np.array([32], np.int32)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm") as statm:
+        used = int(statm.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), limits[1]))
+    try:
+        builder.ask(layer.index, tables, lens)
+        builder.drain()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    with pytest.raises(RuntimeError, match="bad_alloc"):
+        builder.raise_error()
+    builder.raise_error()
+    assert layer.index.num_bytes == 0
+    small = Layer(4)
+    builder.ask(small.index, tables, np.array([128], np.int32))
+    builder.drain()
+    assert small.index.find(tables[0], 128) == [(0, 64), (64, 128)]
+    assert small.index.seal(tables, np.array([128], np.int32), pool()) == 0
+
+
+def test_an_index_has_one_builder() -> None:
+    layer = Layer(4)
+    first, second = _C.SegmentBuilder(CPUS[:1]), _C.SegmentBuilder(CPUS[:1])
+    tables, lens = np.arange(4, dtype=np.int32)[None], np.array([128], np.int32)
+    first.ask(layer.index, tables, lens)
+    with pytest.raises(ValueError, match="another builder"):
+        second.ask(layer.index, tables, lens)
+    with pytest.raises(ValueError, match="seq_lens"):
+        first.ask(layer.index, tables, np.array([129], np.int32))
+    first.drain()
+    del first
+    second.ask(layer.index, tables, lens)  # the one before has gone
 
 
 def test_drain_releases_the_gil(driver: FakeDriver) -> None:

@@ -52,7 +52,7 @@ class StreamEngine(Engine):
             pool=pool(),
         )
         self.native.set_center(np.zeros((2, 16), np.float32))
-        self.busy = Busy(driver, self.builder, segment_tokens=1024)
+        self.busy = Busy(driver, self.builder, num_bits=11)
 
     def choose(self, free: list[int]) -> int:
         return min(free)  # so that stretches come again, with other codes

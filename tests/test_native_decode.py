@@ -165,7 +165,7 @@ def test_groups(isa: _C.Isa, group: int) -> None:
 def test_a_batch_of_mixed_lengths(isa: _C.Isa) -> None:
     """Long enough for several parts, of sampled rows as well as of exact ones."""
     lengths = [6000, 1, 0, 15, 2047, 17, 2048, 127, 2049, 128, 4500, 129, 223, 31]
-    layer = Layer(800, 2, num_tables=30, num_bits=5, segment_tokens=256)
+    layer = Layer(800, 2, num_tables=30, num_bits=5, levels=[256])
     batch = Batch(layer, group=2, lengths=lengths)
     for rule in (Rule(), Rule(1, 0, 0), Rule(3, 1100, 1200), Rule(2, 10_000, 0)):
         batch.check(isa, rule)
@@ -177,7 +177,7 @@ def test_a_batch_of_mixed_lengths(isa: _C.Isa) -> None:
 
 @each_isa
 def test_segments_and_threads_leave_every_bit(isa: _C.Isa) -> None:
-    layer = Layer(500, 2, num_tables=30, num_bits=5, segment_tokens=96)
+    layer = Layer(500, 2, num_tables=30, num_bits=5, levels=[96])
     batch = Batch(layer, group=4, lengths=[9000, 4097, 60])
     first = batch.decode(isa, Rule(), num_threads=1)
     exact = batch.decode(isa, None, num_threads=1)

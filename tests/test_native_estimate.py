@@ -46,7 +46,7 @@ class Trials:
             num_tables=self.num_tables,
             num_bits=self.num_bits,
             head_size=HEAD_SIZE,
-            segment_tokens=32,
+            levels=[32],
         )
         query_codes = []
         for seed in range(NUM_SEEDS):

@@ -42,7 +42,7 @@ def test_rows_and_codes_lie_where_the_layout_says(
         num_tables=7,
         head_size=head_size,
         block_size=block_size,
-        segment_tokens=block_size,
+        levels=[block_size],
         dtype=dtype,
     )
     generator = torch.Generator().manual_seed(head_size + block_size)
@@ -126,7 +126,7 @@ def test_a_block_holds_what_was_written_since_its_epoch() -> None:
 
 def test_note_writes_counts_as_store_rows_does() -> None:
     """The same slots through both, in two layers."""
-    noted, stored = (Layer(9, block_size=64, segment_tokens=64) for _ in range(2))
+    noted, stored = (Layer(9, block_size=64, levels=[64]) for _ in range(2))
     generator = np.random.default_rng(0)
     for _ in range(60):
         block, start = generator.integers(9), generator.integers(3) * 20
@@ -179,7 +179,7 @@ def test_nothing_is_a_valid_amount() -> None:
 def test_the_memory_outlives_the_array_that_named_it() -> None:
     size = _C.Pages.chunk_bytes("float32", 32, 16, 4)
     pages = _C.Pages(np.zeros((2, 1, size), np.uint8), "float32", 32, 16, 4)
-    index = _C.LshIndex(pages, 3, 32)
+    index = _C.LshIndex(pages, 3, [32])
     del pages
     tables, lens = np.array([[0, 1]], np.int32), np.array([64], np.int32)
     assert index.seal(tables, lens, pool()) == 2

@@ -9,6 +9,7 @@ from native_helpers import (
     Layer,
     Rule,
     assert_same_sample,
+    best_cover,
     each_isa,
     expected_sample,
     pool,
@@ -49,28 +50,28 @@ def grow_and_check(
                 (found,) = layer.sample(query_codes[None], [blocks], [length], rule, isa)
                 assert_same_sample(found, positions)
 
-        sealed = layer.index.count_sealed(np.array(blocks, np.int32), length)
-        full = length // layer.segment_tokens
-        check()
         tables, lens = np.array([blocks], np.int32), np.array([length], np.int32)
-        assert layer.index.seal(tables, lens, pool()) == full - sealed
-        assert layer.index.count_sealed(tables[0], length) == full
+        cover = best_cover(length, layer.levels)
+        lacking = set(cover) - set(layer.index.find(tables[0], length))
+        check()
+        assert layer.index.seal(tables, lens, pool()) == len(lacking)
+        assert layer.index.find(tables[0], length) == cover
         check()
 
 
 @each_isa
-@pytest.mark.parametrize("segment_tokens", [32, 64, 128, 2048])
+@pytest.mark.parametrize("levels", [[32], [64], [128], [2048], [32, 64], [64, 192, 384]], ids=str)
 @pytest.mark.parametrize("group", range(1, 9))
-def test_random_codes_at_every_growth_step(isa: _C.Isa, segment_tokens: int, group: int) -> None:
-    s = segment_tokens
-    lengths = sorted({*LENGTHS, s - 1, s, s + 1, 2 * s + 40} - {0})
+def test_random_codes_at_every_growth_step(isa: _C.Isa, levels: list[int], group: int) -> None:
+    s = levels[-1]
+    lengths = sorted({*LENGTHS, s - 1, s, s + 1, 2 * s + 40})
     num_tables = 11
     layer = Layer(
         num_blocks=-(-lengths[-1] // 32),
         num_kv_heads=2,
         num_tables=num_tables,
         num_bits=5,
-        segment_tokens=s,
+        levels=levels,
     )
     codes = codes_of((2, lengths[-1], num_tables), 7, seed=group)
     query_codes = codes_of((2 * group, num_tables), 7, seed=group + 100)
@@ -88,7 +89,7 @@ def test_settings_and_block_sizes(isa: _C.Isa, setting: tuple[int, int], block_s
         num_tables=num_tables,
         num_bits=num_bits,
         block_size=block_size,
-        segment_tokens=2 * block_size,
+        levels=[2 * block_size],
     )
     num_codes = min(2**num_bits, 12)
     codes = codes_of((1, 9 * block_size, num_tables), num_codes, seed=num_bits)
@@ -126,7 +127,7 @@ def test_the_threshold_is_exact(isa: _C.Isa, min_matches: int) -> None:
 @pytest.mark.parametrize("num_tables", [3, 255])
 def test_all_codes_equal(isa: _C.Isa, code: int, num_tables: int) -> None:
     """One bucket holds everything; queries of that bucket, and of its empty neighbours."""
-    layer = Layer(num_blocks=8, num_tables=num_tables, segment_tokens=128)
+    layer = Layer(num_blocks=8, num_tables=num_tables, levels=[128])
     codes = torch.full((1, 256, num_tables), code, dtype=torch.int32)
     query_codes = torch.arange(8)[:, None].expand(8, num_tables)
     rules = [Rule(t) for t in (1, 2, num_tables)]
@@ -134,9 +135,9 @@ def test_all_codes_equal(isa: _C.Isa, code: int, num_tables: int) -> None:
 
 
 @each_isa
-@pytest.mark.parametrize("segment_tokens", [64, 65536])
+@pytest.mark.parametrize("levels", [[64], [65536], [1024, 4096, 16384, 65536]], ids=str)
 @pytest.mark.parametrize("content", ["random", "first", "middle", "last", "beyond"])
-def test_around_65536_tokens(isa: _C.Isa, segment_tokens: int, content: str) -> None:
+def test_around_65536_tokens(isa: _C.Isa, levels: list[int], content: str) -> None:
     """Where the uint16 end of a bucket wraps: `first` to `last` put all tokens into one bucket."""
     num_tokens = 65_537 + 31
     layer = Layer(
@@ -144,7 +145,7 @@ def test_around_65536_tokens(isa: _C.Isa, segment_tokens: int, content: str) -> 
         num_tables=3,
         num_bits=4,
         block_size=64,
-        segment_tokens=segment_tokens,
+        levels=levels,
     )
     if content == "random":
         codes = codes_of((1, num_tokens, 3), 16, seed=1)
@@ -201,7 +202,7 @@ def test_a_batch_of_requests_over_shared_blocks(isa: _C.Isa) -> None:
     check()
     # [0 1], [2 3], [9 8], [1 0]; [19 3] ends in a block whose segment another request has.
     assert layer.index.seal(tables, lens, pool()) == 4
-    assert [layer.index.count_sealed(t[:7], n) for t, n in zip(tables, lens, strict=True)] == [
+    assert [len(layer.index.find(t[:7], n)) for t, n in zip(tables, lens, strict=True)] == [
         *(2, 3, 0, 0, 2)
     ]
     check()

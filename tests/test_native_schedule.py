@@ -43,7 +43,7 @@ def test_a_reused_block_never_matches_an_old_segment() -> None:
     # The first block alone gets a new owner; the segment is found by the last one.
     layer.store_rows([0], 0, rows[:, :32], rows[:, :32])
     layer.store_codes([0], 0, codes[:, :32] + 1)
-    assert layer.index.count_sealed(tables[0], 64) == 0
+    assert len(layer.index.find(tables[0], 64)) == 0
     assert layer.index.num_segments == 1, "stale segments are freed by the next seal"
     assert layer.sample(query_codes, tables, lens, rule, isa)[0][0].tolist() == [*range(32, 64)]
     assert layer.index.seal(tables, np.array([63], np.int32), pool()) == 0
@@ -51,4 +51,4 @@ def test_a_reused_block_never_matches_an_old_segment() -> None:
     assert layer.index.seal(tables, lens, pool()) == 1
     assert layer.sample(query_codes, tables, lens, rule, isa)[0][0].tolist() == [*range(32, 64)]
     # Blocks in another order are another stretch.
-    assert layer.index.count_sealed(np.array([1, 0], np.int32), 64) == 0
+    assert len(layer.index.find(np.array([1, 0], np.int32), 64)) == 0

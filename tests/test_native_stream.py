@@ -247,7 +247,7 @@ def test_the_last_16384_query_heads_are_remembered(driver: FakeDriver) -> None:
 
 def test_any_batch_of_lengths(driver: FakeDriver) -> None:
     """Block edges and part edges; more requests than threads."""
-    world = World(driver, num_blocks=400, rule=Rule(1, 0, 0), segment_tokens=256)
+    world = World(driver, num_blocks=400, rule=Rule(1, 0, 0), levels=[256])
     world.set_centers()
     requests = world.prefilled(1, 31, 32, 33, 63, 1023, 64)
     requests += world.prefilled(2047)

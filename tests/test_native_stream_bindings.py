@@ -30,7 +30,7 @@ def make_pages(row_dtype: str = "float32", code_words: int = 4) -> _C.Pages:
 
 
 PAGES = make_pages()
-INDEX = _C.LshIndex(PAGES, 3, 32)
+INDEX = _C.LshIndex(PAGES, 3, [32])
 
 
 def metadata(**changes: Any) -> _C.StreamMetadata:
@@ -168,7 +168,7 @@ EXCHANGES = [
 LAYERS = [
     ({"rule": None}, "index is given without a rule"),
     ({"index": None, "builder": _C.SegmentBuilder(CPUS[:1])}, "builder is given without an index"),
-    ({"index": _C.LshIndex(make_pages(), 3, 32)}, "index belongs to other pages"),
+    ({"index": _C.LshIndex(make_pages(), 3, [32])}, "index belongs to other pages"),
     ({"rule": Rule().native(3, 5)}, r"\(3, 5\), which take 5 code words"),
     ({"rule": Rule().native(4, 4)}, "rule is for K = 4, but the index for K = 3"),
     ({"exact_below": -1}, "exact_below is -1"),

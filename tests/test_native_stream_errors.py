@@ -170,7 +170,7 @@ def test_void_work_leaves_no_trusted_segment(world: World) -> None:
     world.synchronize()
     with pytest.raises(RuntimeError, match="seq_lens"):
         world.callbacks.raise_error()
-    assert layer.index.count_sealed(tables[0], 70) == 0
+    assert len(layer.index.find(tables[0], 70)) == 0
     assert layer.index.seal(np.zeros((0, 1), np.int32), np.zeros(0, np.int32), pool()) == 0
     assert layer.index.num_bytes == 0
 

@@ -14,7 +14,7 @@ def test_sampled_and_exact_heads_are_counted_apart() -> None:
     stats.record(rows, np.array([1000, 50], dtype=np.int64))
     summary = summarise(
         [stats, stats],
-        [PageUse(7, 70, 5, 2, 3)] * 2,
+        [PageUse(7, 70, 5, 2, 3, 1)] * 2,
         dense_layers=1,
         centers_frozen=2,
         threads=4,
@@ -25,7 +25,9 @@ def test_sampled_and_exact_heads_are_counted_apart() -> None:
     assert summary.sampled_rows_mean == summary.sampled_rows_p50 == 20
     assert summary.page_tokens == 7, "every layer holds the same tokens"
     assert (summary.page_bytes, summary.index_bytes, summary.segments_built) == (140, 10, 6)
+    assert summary.builds_refused == 2
     assert "2.00 % of the middle" in summary.line()
+    assert "2 refused for lack of room" in summary.line()
 
 
 def test_percentiles_cover_recent_heads_only() -> None:
@@ -40,10 +42,11 @@ def test_percentiles_cover_recent_heads_only() -> None:
 def test_nothing_served_yet() -> None:
     summary = summarise(
         [LayerStats()],
-        [PageUse(0, 0, 0, 0, 0)],
+        [PageUse(0, 0)],
         dense_layers=0,
         centers_frozen=0,
         threads=1,
         isa="portable",
     )
     assert summary.sampled_rows_p99 == summary.sampled_fraction == 0
+    assert "refused" not in summary.line()

@@ -136,26 +136,42 @@ class SampleRule:
 class LshIndex:
     """Sealed bucket segments over the pages of one layer.
 
-    A segment covers `segment_tokens` consecutive tokens of a request (a multiple of the block
-    size, at most 65,536), aligned to that size, and is known by its (block, write epoch)s.
-    num_bits: K, with codes below 2**K.
+    A segment covers consecutive tokens of a request, as many as one of the levels and aligned to
+    that size, and is known by its (block, write epoch)s. A request is best covered by full stretches
+    of the largest level, then of the next, and so on. A larger segment takes the place of those that
+    it covers.
+    num_bits: K, with codes below 2**K. levels: ascending, each a multiple of the one before and of
+    the block size, at most 65,536. max_bytes: what the segments together may take, 0 = no limit; a
+    build beyond it is refused, and its tokens are compared by code.
     """
 
-    def __init__(self, pages: Pages, num_bits: int, segment_tokens: int) -> None: ...
+    def __init__(
+        self, pages: Pages, num_bits: int, levels: Sequence[int], max_bytes: int = 0
+    ) -> None: ...
     def seal(
         self,
         block_tables: npt.NDArray[np.int32],
         seq_lens: npt.NDArray[np.int32],
         pool: ThreadPool,
     ) -> int:
-        """Builds the segments that these requests' full stretches lack; drops the stale ones.
+        """Builds the segments that these requests lack; drops the stale ones.
 
         block_tables: int32 [num_reqs, max_blocks]; seq_lens: int32 [num_reqs], tokens whose rows
         AND codes are in the pages. Returns the number of segments built.
         """
-    def count_sealed(self, block_table: npt.NDArray[np.int32], num_tokens: int) -> int:
-        """Segments that exist for the first num_tokens of a request; block_table: int32 [n]."""
+    def missing(
+        self, block_tables: npt.NDArray[np.int32], seq_lens: npt.NDArray[np.int32]
+    ) -> list[list[int]]:
+        """The stretches, by their blocks, that `seal` would build or a builder be asked for."""
+    def find(self, block_table: npt.NDArray[np.int32], num_tokens: int) -> list[tuple[int, int]]:
+        """Token ranges (begin, end) of the segments that serve a request; block_table: int32 [n]."""
     def clear(self) -> None: ...
+    @property
+    def changes(self) -> int:
+        """Changes when requests may lack other segments than before, or segments are stale; a
+        stretch that was completed counts once any request begins a block."""
+    @property
+    def max_bytes(self) -> int: ...
     @property
     def num_segments(self) -> int: ...
     @property
@@ -164,6 +180,9 @@ class LshIndex:
     def segments_built(self) -> int: ...
     @property
     def segments_dropped(self) -> int: ...
+    @property
+    def builds_refused(self) -> int:
+        """Builds that max_bytes did not allow."""
 
 def sample(
     pages: Pages,
@@ -294,13 +313,23 @@ class SegmentBuilder:
     """One background thread, with workers on `cpus`, that builds segments for all layers.
 
     Nothing waits for it: what lacks a segment is compared by code. Its threads are niced by 10. A
-    segment is kept only if no block it covers has had a new owner since it was asked for. One entry
-    per layer waits at most; a newer one replaces it, and the next decode step asks for the rest.
+    segment is kept only if no block it covers has had a new owner since it was asked for. Smaller
+    ones are built before larger ones, equal ones layer by layer.
     """
 
     def __init__(self, cpus: Sequence[int]) -> None: ...
+    def ask(
+        self,
+        index: LshIndex,
+        block_tables: npt.NDArray[np.int32],
+        seq_lens: npt.NDArray[np.int32],
+    ) -> None:
+        """Asks for what these requests lack, arguments as for LshIndex.seal, and for stale segments
+        to be freed. An index has one builder."""
     def drain(self) -> None:
         """Waits until nothing is queued or running."""
+    def close(self) -> None:
+        """Withdraws everything and ends the threads; to ask for more does nothing then."""
     def raise_error(self) -> None:
         """Raises RuntimeError with the first error since the last raise; nothing without one."""
     @property

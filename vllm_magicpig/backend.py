@@ -256,15 +256,20 @@ class MagicPigImpl(AttentionImpl[Any]):
     def page_use(self) -> PageUse:
         """What the layer holds; zeros before `bind`."""
         if self.sampled is None:
-            return PageUse(0, 0, 0, 0, 0)
+            return PageUse(0, 0)
         pages = self.sampled.pages
         tokens = pages.native.num_tokens
         page_bytes = pages.native.num_used_blocks * pages.block_bytes
         if self.sampled.index is None or self.sampled.index.native is None:
-            return PageUse(tokens, page_bytes, 0, 0, 0)
+            return PageUse(tokens, page_bytes)
         native = self.sampled.index.native
         return PageUse(
-            tokens, page_bytes, native.num_bytes, native.num_segments, native.segments_built
+            tokens,
+            page_bytes,
+            index_bytes=native.num_bytes,
+            segments=native.num_segments,
+            segments_built=native.segments_built,
+            builds_refused=native.builds_refused,
         )
 
     def count_reuse(self, block_ids: list[int], num_cached_tokens: int) -> None:
@@ -273,7 +278,7 @@ class MagicPigImpl(AttentionImpl[Any]):
         if index is not None and index.native is not None:
             table = np.array(block_ids, dtype=np.int32)
             native = index.native
-            self._segments_reused += native.count_sealed(table, num_cached_tokens)
+            self._segments_reused += len(native.find(table, num_cached_tokens))
 
 
 def _make_dense(layer: Any, impl_args: tuple[Any, ...]) -> None:

@@ -29,9 +29,15 @@ GPU_MEMORY_UTILIZATION = 0.92
 DEVICE_RESERVE_BYTES = 2 * GIB
 """Activations, CUDA graphs and prefill staging. An assumption: vLLM measures it at start-up."""
 
+MAX_SEGMENT_TOKENS = 65536
+"""Of the LSH index: ids are uint16."""
+
 _CODE_BYTES = 2  # uint16, in pages and in the index
-_HUGE_PAGE = 2 << 20  # LshIndex::allocate rounds a segment of this size or more up to it
+_HUGE_PAGE = 2 << 20  # a segment of this size or more has memory of its own, in whole _SMALL_PAGEs
+_SMALL_PAGE = 4096
 _SOURCE_BYTES = 16  # sizeof(Segment::Source)
+_MIN_SEGMENT_TOKENS = 1024  # below it, offsets outweigh ids at K = 10
+_LEVEL_FACTOR = 4  # a token is sorted four times in all as its request grows to 65,536 tokens
 
 
 def content_bytes(head_size: int, itemsize: int, code_words: int) -> int:
@@ -53,31 +59,94 @@ def host_block_bytes(
     return num_sparse_layers * num_kv_heads * block_size * content
 
 
+def segment_levels(block_size: int) -> list[int]:
+    """Tokens of a segment of each level, ascending: the tail that is compared by code stays below the
+    first, and few segments of the last cover a long context."""
+    level = _divide_up(_MIN_SEGMENT_TOKENS, block_size) * block_size
+    levels = [level]
+    while (factor := min(_LEVEL_FACTOR, MAX_SEGMENT_TOKENS // level)) > 1:
+        level *= factor
+        levels.append(level)
+    return levels
+
+
+def segment_bytes(
+    num_kv_heads: int, num_bits: int, num_tables: int, block_size: int, segment_tokens: int
+) -> int:
+    """Bytes of one segment, all kv heads of a layer.
+
+    From the Segment layout of cpu_kernels/magicpig.h: per kv head, ids uint16 [L, segment_tokens] and
+    offsets uint16 [L, 2**K + 2]; one Source a block; large ones in whole pages.
+    """
+    storage = num_kv_heads * num_tables * (segment_tokens + (1 << num_bits) + 2) * _CODE_BYTES
+    if storage >= _HUGE_PAGE:
+        storage = _divide_up(storage, _SMALL_PAGE) * _SMALL_PAGE
+    return storage + segment_tokens // block_size * _SOURCE_BYTES
+
+
 def index_bytes_per_block(
-    num_sparse_layers: int,
-    num_kv_heads: int,
-    num_bits: int,
-    num_tables: int,
-    block_size: int,
-    segment_tokens: int,
+    num_sparse_layers: int, num_kv_heads: int, num_bits: int, num_tables: int, block_size: int
 ) -> int:
     """Bytes of LSH index per block once it is sealed, all sparse layers, rounded up.
 
-    From the Segment layout of cpu_kernels/magicpig.h: per kv head and segment, ids uint16
-    [L, segment_tokens] and offsets uint16 [L, 2**K + 2]; per segment one Source a block, and the
-    padding of its storage to whole huge pages. num_tables 0 has no index: exact attention, or a scan of the codes.
+    The worst case, which is segments of the first level: the smaller, the more of it is offsets.
+    num_tables 0 has no index: exact attention, or a scan of the codes.
 
     This is the use of requests that share no block. A segment belongs to its LAST block, so
     requests whose common prefix ends inside a segment each hold one over the same earlier blocks.
     """
     if num_tables == 0:
         return 0
-    blocks = _divide_up(segment_tokens, block_size)  # LshIndex rounds its segments up to blocks
-    entries = num_tables * (blocks * block_size + (1 << num_bits) + 2)
-    storage = num_kv_heads * entries * _CODE_BYTES
-    if storage >= _HUGE_PAGE:
-        storage = _divide_up(storage, _HUGE_PAGE) * _HUGE_PAGE
-    return _divide_up(num_sparse_layers * (storage + blocks * _SOURCE_BYTES), blocks)
+    return max(
+        _divide_up(
+            num_sparse_layers
+            * segment_bytes(num_kv_heads, num_bits, num_tables, block_size, tokens),
+            tokens // block_size,
+        )
+        for tokens in segment_levels(block_size)
+    )
+
+
+def index_spare_bytes(
+    num_sparse_layers: int,
+    num_kv_heads: int,
+    num_bits: int,
+    num_tables: int,
+    block_size: int,
+    max_model_len: int,
+) -> int:
+    """Bytes of LSH index beside those of the blocks, all sparse layers: while a segment is built, the
+    smaller ones that it replaces still serve. Most of those are not of the first level, so that
+    their blocks take less than is planned for: this is no whole segment of the last level.
+    """
+    if num_tables == 0:
+        return 0
+    worst = index_bytes_per_block(1, num_kv_heads, num_bits, num_tables, block_size)
+    levels = [tokens for tokens in segment_levels(block_size) if tokens <= max_model_len]
+    sizes = [
+        segment_bytes(num_kv_heads, num_bits, num_tables, block_size, tokens) for tokens in levels
+    ]
+    spare = replaced = 0
+    for i in range(1, len(levels)):
+        # As many as fit without making the next larger one. The tail that completes the new segment
+        # has none: it is not built twice.
+        replaced += (levels[i] // levels[i - 1] - 1) * sizes[i - 1]
+        spare = max(spare, sizes[i] + replaced - levels[i] // block_size * worst)
+    return num_sparse_layers * spare
+
+
+def max_index_bytes(
+    num_blocks: int,
+    num_kv_heads: int,
+    num_bits: int,
+    num_tables: int,
+    block_size: int,
+    max_model_len: int,
+) -> int:
+    """Bytes that the index of one layer may take over this many blocks: what the capacity is planned
+    for. Where shared prefixes would take more, segments are not built."""
+    layer = (1, num_kv_heads, num_bits, num_tables, block_size)
+    return num_blocks * index_bytes_per_block(*layer) + index_spare_bytes(*layer, max_model_len)
 
 
 def dense_block_bytes(
@@ -138,12 +207,18 @@ class Capacity:
     host_block_bytes: int
     index_bytes_per_block: int
     device_block_bytes: int
+    index_spare_bytes: int
 
     @property
     def host_blocks(self) -> int | None:
         """Blocks whose pages and index the host budget holds; None without a sparse layer."""
         per_block = self.host_block_bytes + self.index_bytes_per_block
-        return self.host_bytes // per_block if per_block else None
+        return max(self.host_bytes - self.index_spare_bytes, 0) // per_block if per_block else None
+
+    def host_bytes_for(self, num_blocks: int) -> int:
+        """Pages, and the index once every block is sealed."""
+        per_block = self.host_block_bytes + self.index_bytes_per_block
+        return num_blocks * per_block + self.index_spare_bytes
 
     @property
     def device_blocks(self) -> int:
@@ -167,8 +242,7 @@ class Capacity:
 
     @property
     def used_host_bytes(self) -> int:
-        """Pages, and the index once every block is sealed."""
-        return self.num_blocks * (self.host_block_bytes + self.index_bytes_per_block)
+        return self.host_bytes_for(self.num_blocks)
 
     def tokens(self, block_size: int) -> int:
         return usable_tokens(self.num_blocks, block_size)
@@ -184,6 +258,8 @@ def plan_blocks(
     host_block_bytes: int,
     index_bytes_per_block: int,
     device_block_bytes: int,
+    *,
+    index_spare_bytes: int = 0,
 ) -> Capacity:
     """The smaller of what host_bytes holds (pages AND index) and what device_bytes holds."""
     return Capacity(
@@ -192,6 +268,7 @@ def plan_blocks(
         host_block_bytes=host_block_bytes,
         index_bytes_per_block=index_bytes_per_block,
         device_block_bytes=device_block_bytes,
+        index_spare_bytes=index_spare_bytes,
     )
 
 
@@ -218,7 +295,7 @@ def check_one_request(capacity: Capacity, *, block_size: int, max_model_len: int
     budgets = []
     host_blocks = capacity.host_blocks
     if host_blocks is not None and host_blocks < needed:
-        needed_bytes = needed * (capacity.host_block_bytes + capacity.index_bytes_per_block)
+        needed_bytes = capacity.host_bytes_for(needed)
         budgets.append(
             f"{_gib_up(needed_bytes)} GiB of host memory for pages and index (there are "
             f"{_gib_down(capacity.host_bytes)})"

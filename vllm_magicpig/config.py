@@ -21,7 +21,8 @@ class MagicPigOptions:
 
     K: bits per table, 0 = exact attention; L: tables; min_matches: tables in which a sampled token
     must match; rows: at most this fraction of the middle is sampled, best matches first, None = all
-    that match (the paper's sample); index: "buckets", "scan" or "auto"; dense_layers: absolute layer indices that keep the platform's own backend, None =
+    that match (the paper's sample); index: "buckets", "scan" or "auto"; dense_layers: absolute layer
+    indices that keep the platform's own backend, None =
     every 16th; sink_tokens, window_tokens: always attended; exact_below: a shorter middle is
     attended exactly (tokens); threads: of the decode kernel, None = the physical cores that this
     process may use; seed: of the hyperplanes; center: "first_prompt", "none" or the path of a
@@ -153,9 +154,9 @@ def _checked(name: str, value: Any) -> Any:
     if name == "dense_layers":
         return _dense_layers(value)
     if name in ("isa", "index"):
-        allowed = _ISAS if name == "isa" else _INDEXES
-        if value not in allowed:
-            raise _wrong(name, value, f"one of {', '.join(allowed)}")
+        choices = _ISAS if name == "isa" else _INDEXES
+        if value not in choices:
+            raise _wrong(name, value, f"one of {', '.join(choices)}")
         return value
     if name == "rows":
         return _rows(value)

@@ -25,6 +25,9 @@ from typing import Any
 from vllm_magicpig import capacity
 from vllm_magicpig.config import MagicPigOptions
 
+BLOCK_SIZE = 128
+"""Tokens of a block where nothing else is said: vLLM's on the CPU platform and the plugin's advice."""
+
 _LINE_BYTES = 64
 _IDS_PER_LINE = _LINE_BYTES // 2  # uint16
 _CODE_BYTES = 2
@@ -298,7 +301,7 @@ def sampled_step(
 
     Rows: every query head gathers its own, as the kernel does; what the heads of a group share is
     found in the cache and costs less than is said here. Sink and window are read once a group.
-    Tokens past the last full segment, half of one on average, are compared by code.
+    Tokens past the last full segment, half of the smallest on average, are compared by code.
     """
     _check_fraction(fraction)
     if not options.samples(context):
@@ -321,9 +324,14 @@ def sampled_step(
     row_us = constants.row_ns / 1e3 / 512 * rows_bytes / threads
     rows = max(_us(rows_bytes, host.row_gather_gbs * constants.row_efficiency), row_us)
 
-    unsealed = min(context, segment_tokens / 2)
+    smallest, *larger = segment_sizes(segment_tokens)
+    unsealed = min(context, smallest / 2)
     sealed = context - unsealed
-    lookup = bucket_lookup(sealed, segment_tokens, fraction, options)
+    lookup = BucketLookup(0, 0)
+    for size in reversed(larger):
+        lookup += bucket_lookup(sealed // size * size, size, fraction, options)
+        sealed %= size
+    lookup += bucket_lookup(sealed, smallest, fraction, options)
     heads = num_requests * model.num_heads
     lines_us = max(
         _us(heads * lookup.lines * _LINE_BYTES, host.line_gather_gbs),
@@ -363,6 +371,15 @@ class BucketLookup:
 
     lines: float
     collisions: float
+
+    def __add__(self, other: BucketLookup) -> BucketLookup:
+        return BucketLookup(self.lines + other.lines, self.collisions + other.collisions)
+
+
+def segment_sizes(segment_tokens: int) -> list[int]:
+    """All sizes, ascending, where that is the largest: those of the plugin, or a single one."""
+    levels = capacity.segment_levels(BLOCK_SIZE)
+    return levels if segment_tokens == levels[-1] else [segment_tokens]
 
 
 def bucket_lookup(
@@ -449,8 +466,7 @@ def held_requests(
     gpu: Gpu,
     host: Host,
     context: int,
-    segment_tokens: int,
-    block_size: int = 128,
+    block_size: int = BLOCK_SIZE,
 ) -> Held:
     """From capacity.py: default shares of device memory and of the host's free RAM."""
     num_sparse = _num_sparse_layers(model, options)
@@ -463,10 +479,13 @@ def held_requests(
             num_sparse, heads, head_size, itemsize, options.code_words, block_size
         ),
         capacity.index_bytes_per_block(
-            num_sparse, heads, options.K, options.indexed_tables, block_size, segment_tokens
+            num_sparse, heads, options.K, options.indexed_tables, block_size
         ),
         capacity.device_block_bytes(
             model.num_layers - num_sparse, num_sparse, heads, head_size, itemsize, block_size
+        ),
+        index_spare_bytes=capacity.index_spare_bytes(
+            num_sparse, heads, options.K, options.indexed_tables, block_size, context
         ),
     )
     dense_block = capacity.dense_block_bytes(
@@ -489,7 +508,7 @@ def compare(
     constants: Constants,
 ) -> Comparison:
     """Throughput grows with the batch on both sides, so each runs as many requests as it holds."""
-    held = held_requests(model, options, gpu, host, context, segment_tokens)
+    held = held_requests(model, options, gpu, host, context)
 
     def sampled(batch: int) -> StepTime | None:
         if held.sampled == 0:

@@ -7,7 +7,7 @@ from typing import Any
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_magicpig.backend import backend_with_codes
-from vllm_magicpig.cpus import kernel_cpus
+from vllm_magicpig.cpus import builder_cpus, kernel_cpus
 from vllm_magicpig.host_layer import HostLayer
 from vllm_magicpig.worker import MagicPigWorker
 
@@ -18,6 +18,9 @@ class MagicPigCPUWorker(MagicPigWorker, CPUWorker):
 
     def _kernel_cpus(self) -> list[int]:
         return kernel_cpus(self._options.threads)
+
+    def _builder_cpus(self) -> list[int]:
+        return builder_cpus(self._kernel_cpus())
 
     def _bind_layers(self, kv_cache_config: Any) -> None:
         for layer, impl in self._sampled_layers():
@@ -31,5 +34,7 @@ class MagicPigCPUWorker(MagicPigWorker, CPUWorker):
                     impl.center,
                     self._isa,
                     self._pool,
+                    self._builder,
+                    self._max_index_bytes(impl.num_kv_heads, kv_cache_config.num_blocks),
                 )
             )

@@ -18,6 +18,13 @@ def kernel_cpus(threads: int | None) -> list[int]:
     return [cpus[i % len(cpus)] for i in range(threads)]
 
 
+def builder_cpus(kernel: list[int]) -> list[int]:
+    """CPU ids for building segments beside a kernel on these: others, if this process may use at
+    least half as many others, else the kernel's own."""
+    spare = [cpu for cpu in _allowed_cpus() if cpu not in kernel]
+    return spare[: len(kernel)] if 2 * len(spare) >= len(kernel) else kernel
+
+
 def rank_cpus(
     threads: int | None, local_rank: int, local_ranks: int, numa_nodes: list[int] | None
 ) -> list[int]:

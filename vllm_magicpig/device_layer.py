@@ -36,11 +36,15 @@ class DeviceLayer:
         buffers: DeviceBuffers,
         isa: _C.Isa,
         pool: _C.ThreadPool,
-        builder: _C.SegmentBuilder,
+        builder: _C.SegmentBuilder | None,
+        max_index_bytes: int,
     ) -> None:
-        """memory: this layer's part of the host pool, as for HostPages; center: None in exact mode."""
+        """memory: this layer's part of the host pool, as for HostPages; center: None in
+        exact mode; builder: None without buckets."""
         self.pages = HostPages(memory, shape.head_size, options.code_words)
-        self.index = make_index(options, self.pages, layer_index, center, isa, pool)
+        self.index = make_index(
+            options, self.pages, layer_index, center, isa, pool, builder, max_index_bytes
+        )
         self.device, self.buffers = device, buffers
         self._decode, self._prefill = buffers.decode[shape], buffers.prefill[shape]
         self._scale, self._code_words = scale, options.code_words
@@ -51,7 +55,7 @@ class DeviceLayer:
             None if self.index is None else self.index.native,
             self._decode.native,
             device.callbacks,
-            builder if options.has_buckets else None,
+            builder,
             scale=scale,
             exact_below=options.exact_below,
             isa=isa,

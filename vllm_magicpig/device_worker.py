@@ -9,13 +9,12 @@ import torch
 from vllm.logger import init_logger
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from vllm_magicpig import _C, capacity
+from vllm_magicpig import capacity
 from vllm_magicpig.device import Device
 from vllm_magicpig.device_backend import DevicePageBackend
 from vllm_magicpig.device_buffers import DeviceBuffers, LayerShape
 from vllm_magicpig.device_layer import DeviceLayer
 from vllm_magicpig.host_pool import HostPool, free_ram_bytes
-from vllm_magicpig.lsh_index import segment_tokens
 from vllm_magicpig.worker import MagicPigWorker
 
 logger = init_logger("vllm.magicpig.worker")
@@ -27,7 +26,6 @@ class DevicePagesWorker(MagicPigWorker):
     get_kv_cache_spec: Callable[[], dict[str, Any]]
     _device: Device | None = None
     _host_pool: HostPool | None = None
-    _builder: _C.SegmentBuilder | None = None
 
     def _make_device(self) -> Device:
         raise NotImplementedError
@@ -90,11 +88,21 @@ class DevicePagesWorker(MagicPigWorker):
                     options.K,
                     options.indexed_tables,
                     self._block_size,
-                    segment_tokens(self._block_size),
                 )
                 for shape in shapes
             ),
             sum(spec.page_size_bytes for spec in specs.values()),
+            index_spare_bytes=sum(
+                capacity.index_spare_bytes(
+                    1,
+                    shape.num_kv_heads,
+                    options.K,
+                    options.indexed_tables,
+                    self._block_size,
+                    self.vllm_config.model_config.max_model_len,
+                )
+                for shape in shapes
+            ),
         )
 
     # ------------------------------------------------------------------------------------ layers
@@ -130,7 +138,6 @@ class DevicePagesWorker(MagicPigWorker):
             sum(sizes) / capacity.GIB,
             self._host_pool.huge_page_bytes() / capacity.GIB,
         )
-        self._builder = _C.SegmentBuilder(cpus)
         for number, (impl, shape) in enumerate(layers):
             elements = _token_bytes(shape, options.code_words) // shape.dtype.itemsize
             region = self._host_pool.layer(number).view(shape.dtype)
@@ -147,6 +154,7 @@ class DevicePagesWorker(MagicPigWorker):
                     self._isa,
                     self._pool,
                     self._builder,
+                    self._max_index_bytes(shape.num_kv_heads, num_blocks),
                 )
             )
 
@@ -198,13 +206,13 @@ class DevicePagesWorker(MagicPigWorker):
         if self._device is not None:
             self._device.synchronize()
         if self._builder is not None:
-            self._builder.drain()
+            self._builder.close()
         for _, impl in self._sampled_layers():
             impl.sampled = None
         if self._host_pool is not None:
             self._host_pool.close()
             self._host_pool = None
-        super().shutdown()  # type: ignore[misc]
+        super().shutdown()
 
     # ------------------------------------------------------------------------------------ config
 

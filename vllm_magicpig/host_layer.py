@@ -26,10 +26,14 @@ class HostLayer:
         center: KeyCenter | None,
         isa: _C.Isa,
         pool: _C.ThreadPool,
+        builder: _C.SegmentBuilder | None,
+        max_index_bytes: int,
     ) -> None:
-        """kv_cache: as for HostPages; center: None in exact mode."""
+        """kv_cache: as for HostPages; center: None in exact mode; builder: None without buckets."""
         self.pages = HostPages(kv_cache, head_size, options.code_words)
-        self.index = make_index(options, self.pages, layer_index, center, isa, pool)
+        self.index = make_index(
+            options, self.pages, layer_index, center, isa, pool, builder, max_index_bytes
+        )
         self._stats = LayerStats()
         self._kernel = DecodeKernel(options, self.pages, self.index, scale, isa, pool, self._stats)
         self._scale, self._pool = scale, pool

@@ -10,22 +10,14 @@ import numpy.typing as npt
 import torch
 
 from vllm_magicpig import _C
+from vllm_magicpig.capacity import segment_levels
 from vllm_magicpig.config import MagicPigOptions
 from vllm_magicpig.host_pages import HostPages
 from vllm_magicpig.key_center import MIN_KEYS, KeyCenter
 from vllm_magicpig.projection import Projection
 from vllm_magicpig.step import Step
 
-SEGMENT_TOKENS = 2048
-"""One segment size for now: building one stalls a decode step for about a millisecond per kv head,
-and a tail of up to this length is compared by code."""
-
 _SLOTS_PER_BACKFILL = 4096
-
-
-def segment_tokens(block_size: int) -> int:
-    """Tokens of a segment: whole blocks."""
-    return -(-SEGMENT_TOKENS // block_size) * block_size
 
 
 class LshIndex:
@@ -38,16 +30,22 @@ class LshIndex:
         projection: Projection,
         center: KeyCenter,
         pool: _C.ThreadPool,
+        builder: _C.SegmentBuilder | None,
+        max_bytes: int = 0,
     ) -> None:
+        """builder: None without buckets; max_bytes: of all segments, 0 = no limit."""
         self._options, self._pages, self._pool = options, pages, pool
-        self.projection, self.center = projection, center
+        self.projection, self.center, self.builder = projection, center, builder
         self.rule = sample_rule(options)
         self.native: _C.LshIndex | None = None
         if options.has_buckets:
-            self.native = _C.LshIndex(pages.native, options.K, segment_tokens(pages.block_size))
+            levels = segment_levels(pages.block_size)
+            self.native = _C.LshIndex(pages.native, options.K, levels, max_bytes)
+        self._asked_at: int | None = None
 
     def add(self, key: torch.Tensor, step: Step) -> None:
-        """Codes for keys whose rows were just stored, then segments for what they completed.
+        """Codes for keys whose rows were just stored; the builder makes the segments that the step's
+        requests lack now.
 
         key: [num_tokens, num_kv_heads, head_size].
         """
@@ -56,8 +54,10 @@ class LshIndex:
         else:
             codes = self.projection.hash_keys(key, self.center.value)
             self.pages.store_codes(codes, step.slots, self._pool)
-        if self.center.value is not None:
-            self._seal(step)
+        if self.center.value is None or self.native is None or self.builder is None:
+            return
+        if self.native.changes != self._asked_at:
+            self._ask(step, self.native, self.builder)
 
     @property
     def pages(self) -> _C.Pages:
@@ -93,17 +93,16 @@ class LshIndex:
             codes = self.projection.hash_keys(self._pages.keys_at(some), self.center.value)
             self.pages.store_codes(codes, some, self._pool)
 
-    def _seal(self, step: Step) -> None:
+    def _ask(self, step: Step, native: _C.LshIndex, builder: _C.SegmentBuilder) -> None:
         """Only requests that are long enough to be sampled are worth an index."""
+        self._asked_at = native.changes  # before it asks: what changes meanwhile counts later
         rows = [
             row
             for row, length in enumerate(step.seq_lens.tolist())
             if self._options.samples(length)
         ]
-        if rows and self.native is not None:
-            self.native.seal(
-                np.ascontiguousarray(step.block_tables[rows]), step.seq_lens[rows], self._pool
-            )
+        # Also without any such request: what went stale is given back.
+        builder.ask(native, np.ascontiguousarray(step.block_tables[rows]), step.seq_lens[rows])
 
 
 @cache
@@ -126,9 +125,11 @@ def make_index(
     center: KeyCenter | None,
     isa: _C.Isa,
     pool: _C.ThreadPool,
+    builder: _C.SegmentBuilder | None,
+    max_index_bytes: int,
 ) -> LshIndex | None:
     """The index of a layer, or None in exact mode, where there is no centre."""
     if center is None:
         return None
     projection = Projection(options, layer_index, pages.head_size, isa, pool)
-    return LshIndex(options, pages, projection, center, pool)
+    return LshIndex(options, pages, projection, center, pool, builder, max_index_bytes)

@@ -35,7 +35,8 @@ class Projection:
     def hash_keys(self, keys: torch.Tensor, center: torch.Tensor) -> npt.NDArray[np.uint16]:
         """keys: [num_tokens, num_kv_heads, head_size]; center: float32 [num_kv_heads, head_size].
 
-        Returns uint16 [num_tokens, num_kv_heads, code_words]. Centre first: uncentred keys crowd one bucket.
+        Returns uint16 [num_tokens, num_kv_heads, code_words]. Centre first: uncentred keys crowd one
+        bucket.
         """
         num_tokens, num_kv_heads, _ = keys.shape
         codes = np.empty((num_tokens, num_kv_heads, self._code_words), dtype=np.uint16)

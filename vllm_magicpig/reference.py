@@ -76,7 +76,7 @@ def sample(
 
 
 def row_limit(middle_tokens: int, row_budget: float) -> int | None:
-    """Rows that one head may take of a middle under a budget, a fraction of it; None without one (0)."""
+    """Rows that one head may take of a middle: this fraction of it, one at least; None for 0."""
     return max(1, int(row_budget * middle_tokens)) if row_budget > 0 else None
 
 

@@ -73,9 +73,10 @@ class PageUse:
 
     tokens: int
     page_bytes: int
-    index_bytes: int
-    segments: int
-    segments_built: int
+    index_bytes: int = 0
+    segments: int = 0
+    segments_built: int = 0
+    builds_refused: int = 0  # the index had no room for them
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class MagicPigStats:
     segments: int
     segments_built: int
     segments_reused: int
+    builds_refused: int
     decode_steps: int
     sampled_heads: int
     exact_heads: int
@@ -114,10 +116,11 @@ class MagicPigStats:
     def line(self) -> str:
         # A device hashes in its own time, which nobody measures.
         hashing = f"hash {self.hash_us_per_step:.0f} us, " if self.hash_us_per_step else ""
+        refused = f", {self.builds_refused} refused for lack of room" if self.builds_refused else ""
         return (
             f"{self.page_tokens} tokens in {_mib(self.page_bytes)} of pages, index "
             f"{_mib(self.index_bytes)} in {self.segments} segments ({self.segments_built} built, "
-            f"{self.segments_reused} reused); sampled rows per query head: mean "
+            f"{self.segments_reused} reused{refused}); sampled rows per query head: mean "
             f"{self.sampled_rows_mean:.0f}, p50 {self.sampled_rows_p50:.0f}, p99 "
             f"{self.sampled_rows_p99:.0f}, {100 * self.sampled_fraction:.2f} % of the middle; per "
             f"decode step: {hashing}lookup {self.lookup_us_per_step:.0f} us, attend "
@@ -160,6 +163,7 @@ def summarise(
         index_bytes=sum(use.index_bytes for use in pages),
         segments=sum(use.segments for use in pages),
         segments_built=sum(use.segments_built for use in pages),
+        builds_refused=sum(use.builds_refused for use in pages),
         segments_reused=sum(layer.segments_reused for layer in layers),
         decode_steps=steps,
         sampled_heads=heads,

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_magicpig import _C
+from vllm_magicpig import _C, capacity
 from vllm_magicpig.backend import MagicPigImpl
 from vllm_magicpig.config import MagicPigOptions, parse_options
 from vllm_magicpig.key_center import save_centers
@@ -25,6 +25,7 @@ class MagicPigWorker:
     vllm_config: Any
     parallel_config: Any
     _pool: _C.ThreadPool
+    _builder: _C.SegmentBuilder | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
@@ -36,6 +37,8 @@ class MagicPigWorker:
         super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
         self._isa = _C.resolve_isa(self._options.isa)
         self._pool = _C.ThreadPool(self._kernel_cpus())
+        if self._options.has_buckets:
+            self._builder = _C.SegmentBuilder(self._builder_cpus())
         self._bind_layers(kv_cache_config)
         self._logged_at, self._logged_steps = time.monotonic(), 0
         logger.info(
@@ -51,6 +54,8 @@ class MagicPigWorker:
     def execute_model(self, scheduler_output: Any) -> Any:
         self._count_reuse(scheduler_output)
         result = super().execute_model(scheduler_output)  # type: ignore[misc]
+        if self._builder is not None:
+            self._builder.raise_error()
         now = time.monotonic()
         if now - self._logged_at >= LOG_INTERVAL_S:
             self._logged_at = now
@@ -59,6 +64,12 @@ class MagicPigWorker:
                 self._logged_steps = stats.decode_steps
                 logger.info("magicpig: %s", stats.line())
         return result
+
+    def shutdown(self) -> None:
+        """Nothing may build from pages that go away."""
+        if self._builder is not None:
+            self._builder.close()
+        super().shutdown()  # type: ignore[misc]
 
     def magicpig_stats(self) -> dict[str, Any]:
         """MagicPigStats of this rank as a dict, for collective_rpc and its HTTP route."""
@@ -93,9 +104,25 @@ class MagicPigWorker:
     def _kernel_cpus(self) -> list[int]:
         raise NotImplementedError
 
+    def _builder_cpus(self) -> list[int]:
+        """Of the threads that build segments; they are niced, and give way to the kernel's."""
+        return self._kernel_cpus()
+
     def _bind_layers(self, kv_cache_config: Any) -> None:
         """Gives every sampled layer its pages."""
         raise NotImplementedError
+
+    def _max_index_bytes(self, num_kv_heads: int, num_blocks: int) -> int:
+        """What the index of one layer may take."""
+        options = self._options
+        return capacity.max_index_bytes(
+            num_blocks,
+            num_kv_heads,
+            options.K,
+            options.indexed_tables,
+            self.vllm_config.cache_config.block_size,
+            self.vllm_config.model_config.max_model_len,
+        )
 
     @property
     def _options(self) -> MagicPigOptions:
