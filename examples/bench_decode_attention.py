@@ -39,7 +39,6 @@ from bench_layer import (
     Placement,
     ReferenceLayer,
     SampledLayer,
-    available,
     load_native,
     page_memory,
 )
@@ -170,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     native = load_native()
     report = Report("bench_decode_attention", given.output, argv, threads)
-    configs = available([*BUCKETS, *(Config(*scan, rows=given.rows) for scan in SCANS)])
+    configs = [*BUCKETS, *(Config(*scan, rows=given.rows) for scan in SCANS)]
     if given.quick:
         configs = [configs[0], *(config for config in configs if config.is_scan)][:2]
     bandwidths = {
@@ -423,7 +422,7 @@ def measure_isas(
         case = Case(num_tokens, 1)
         requests = make_requests(case)
         placement = Placement.shuffled(1, num_tokens)
-        configs = available([BUCKETS[0], Config(*SCANS[1], rows=given.rows)])
+        configs = [BUCKETS[0], Config(*SCANS[1], rows=given.rows)]
         for config in configs:
             use_cpus(cpus[:1])
             pool = _C.ThreadPool(list(cpus[:1]))

@@ -33,8 +33,8 @@ from bench_geometries import (
     relative_error,
 )
 from bench_layer import (
+    BLOCK_SIZE,
     BUCKETS,
-    LEVELS,
     SCANS,
     SINK_TOKENS,
     WINDOW_TOKENS,
@@ -42,7 +42,6 @@ from bench_layer import (
     Decoder,
     Placement,
     SampledLayer,
-    available,
     load_native,
     make_index,
 )
@@ -60,6 +59,7 @@ from bench_report import (
 from bench_stream import GrowingRequest
 
 from vllm_magicpig import _C
+from vllm_magicpig.capacity import segment_levels
 
 PARTS = ("build", "background", "tradeoff", "generation")
 NUM_Q_HEADS = NUM_KV_HEADS * GROUP
@@ -143,7 +143,7 @@ def part_build(given: Any, report: Report, cpus: Sequence[int], native: ModuleTy
     rows = generate("mixed", given.build_tokens)
     pool = _C.ThreadPool(list(cpus[:1]))
     builds = []
-    levels = [level for level in LEVELS if level <= given.build_tokens]
+    levels = [level for level in segment_levels(BLOCK_SIZE) if level <= given.build_tokens]
     for config in BUCKETS[: 1 if given.quick else None]:
         layer = _layer(config, rows, cpus, native)
         placement = layer.placement
@@ -205,7 +205,8 @@ def part_background(given: Any, report: Report, cpus: Sequence[int], native: Mod
     rows = generate("mixed", given.decode_tokens)
     decoder = Decoder(_layer(config, rows, cpus, native), isa, pool)
     queries = rows.queries(2 * given.decode_steps, seed=1).bfloat16()[:, None]
-    level = LEVELS[-1] if given.decode_tokens >= LEVELS[-2] else LEVELS[1]
+    levels = segment_levels(BLOCK_SIZE)
+    level = levels[-1] if given.decode_tokens >= levels[-2] else levels[1]
     work = _layer(config, generate("mixed", 2 * level, seed=1), cpus, native)
     work.index = make_index(work.pages, config, level)
     assert work.index is not None
@@ -270,13 +271,11 @@ class Tradeoff:
 
 
 def tradeoff_configs() -> list[Config]:
-    return available(
-        [
-            *BUCKETS,
-            *(Config(BUCKETS[0].K, BUCKETS[0].L, rows) for rows in BUDGETS),
-            *(Config(*scan, rows=rows) for scan in SCANS for rows in BUDGETS),
-        ]
-    )
+    return [
+        *BUCKETS,
+        *(Config(BUCKETS[0].K, BUCKETS[0].L, rows) for rows in BUDGETS),
+        *(Config(*scan, rows=rows) for scan in SCANS for rows in BUDGETS),
+    ]
 
 
 def part_tradeoff(given: Any, report: Report, cpus: Sequence[int], native: ModuleType) -> None:
@@ -409,7 +408,7 @@ class Generation:
 
 def part_generation(given: Any, report: Report, cpus: Sequence[int], native: ModuleType) -> None:
     found = []
-    configs = available([BUCKETS[0], Config(*SCANS[1], rows=BUDGETS[-1])])
+    configs = [BUCKETS[0], Config(*SCANS[1], rows=BUDGETS[-1])]
     for config in configs:
         found.append(_generate(given, config, given.budget_s / len(configs), cpus, native))
         report.add("generation", found)

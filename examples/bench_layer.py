@@ -3,11 +3,9 @@ over the same rows, and the reference layout's lookup."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 import bench_build
 import numpy as np
@@ -15,15 +13,16 @@ import numpy.typing as npt
 import torch
 from bench_geometries import AttentionLayer
 
-from vllm_magicpig import _C, lsh_index
+from vllm_magicpig import _C
+from vllm_magicpig.capacity import segment_levels
 from vllm_magicpig.config import MagicPigOptions
 from vllm_magicpig.host_pages import row_bits
+from vllm_magicpig.lsh_index import sample_rule
 from vllm_magicpig.projection import Projection
 
 BLOCK_SIZE = 128
 MIN_MATCHES = 2
 SINK_TOKENS, WINDOW_TOKENS = 4, 64
-LEVELS = [1024, 4096, 16384, 65536]
 STORE_TOKENS = 8192  # hashed and stored at a time: bounds the projections held
 SCAN_WORD_BITS = 16
 
@@ -51,66 +50,29 @@ class Config:
         """uint16 codes of a token in the pages: a scan packs 16 sign bits into one."""
         return self.L // SCAN_WORD_BITS if self.is_scan else self.L
 
-    @property
-    def bits_per_code(self) -> int:
-        return SCAN_WORD_BITS if self.is_scan else self.K
-
 
 BUCKETS = [Config(10, 150), Config(9, 120), Config(8, 75)]
 SCANS = [(1, 128), (1, 256)]
 
 
-# -------------------------------------------------------------------------------- the native API
-
-
-def takes(function: Any, argument: str) -> bool:
-    """Whether this build's native function has an argument of that name, by pybind11's signature.
-
-    Builds differ: row budgets and the scan, the index's levels, and tables without min_matches came one
-    after another. What depends on it is between these rules, so that the older halves can be deleted.
-    """
-    return f"{argument}:" in (function.__doc__ or "")
-
-
-def knows_budgets() -> bool:
-    return takes(_C.decode_attention, "row_budget")
-
-
-def available(configs: Sequence[Config]) -> list[Config]:
-    """Those that this build can run; says which ones it cannot."""
-    if knows_budgets():
-        return list(configs)
-    left_out = ", ".join(c.name for c in configs if c.is_scan or c.rows is not None)
-    if left_out:
-        print(f"left out, not in this build of vllm_magicpig: {left_out}", file=sys.stderr)
-    return [c for c in configs if not c.is_scan and c.rows is None]
-
-
-def sampling_arguments(config: Config) -> dict[str, Any]:
-    """Keyword arguments of decode_attention and StreamLayer."""
-    arguments: dict[str, Any] = {
-        "min_matches": MIN_MATCHES,
-        "sink_tokens": SINK_TOKENS,
-        "window_tokens": WINDOW_TOKENS,
-    }
-    if knows_budgets():
-        arguments |= {"row_budget": config.rows or 0.0, "seed": 0}
-    return arguments
-
-
-def inclusion_table(config: Config) -> _C.InclusionTable:
-    if takes(_C.InclusionTable.__init__, "min_matches"):
-        return _C.InclusionTable(config.K, config.L, MIN_MATCHES)
-    return _C.InclusionTable(config.K, config.L)
+def options_of(config: Config) -> MagicPigOptions:
+    """What a server would run it with."""
+    return MagicPigOptions(
+        K=config.K,
+        L=config.L,
+        min_matches=MIN_MATCHES,
+        rows=config.rows,
+        sink_tokens=SINK_TOKENS,
+        window_tokens=WINDOW_TOKENS,
+    )
 
 
 def make_index(pages: _C.Pages, config: Config, level: int | None = None) -> _C.LshIndex | None:
     """The index as it is served, or with segments of one size; None for a scan."""
     if config.is_scan:
         return None
-    if takes(_C.LshIndex.__init__, "levels"):
-        return _C.LshIndex(pages, config.K, levels=LEVELS if level is None else [level])
-    return _C.LshIndex(pages, config.K, level or lsh_index.segment_tokens(BLOCK_SIZE))
+    levels = list(segment_levels(BLOCK_SIZE)) if level is None else [level]
+    return _C.LshIndex(pages, config.K, levels)
 
 
 # ------------------------------------------------------------------------------------- the layer
@@ -188,7 +150,6 @@ class SampledLayer:
         )
         # One centre for all requests, as in a server.
         self.center = requests[0].center
-        self.table = inclusion_table(config)
         projection = self.projection(isa, pool)
         for number, request in enumerate(requests):
             num_tokens = request.num_tokens if num_stored is None else num_stored
@@ -200,9 +161,7 @@ class SampledLayer:
             self.index.seal(placement.block_tables, placement.seq_lens, pool)
 
     def projection(self, isa: _C.Isa, pool: _C.ThreadPool) -> Projection:
-        """A scan's sign bits are hashed as codes of 16 bits: the same hyperplanes, packed alike."""
-        options = MagicPigOptions(K=self.config.bits_per_code, L=self.config.num_tables)
-        return Projection(options, 0, self.head_size, isa, pool)
+        return Projection(options_of(self.config), 0, self.head_size, isa, pool)
 
     def store(
         self,
@@ -248,7 +207,7 @@ class Decoder:
     ) -> None:
         """config: the layer's with another share of rows, the layer's own by default."""
         self.layer, self._isa, self._pool = layer, isa, pool
-        self._sampling = sampling_arguments(config or layer.config)
+        self._rule = sample_rule(options_of(config or layer.config))
         self.projection = layer.projection(isa, pool)
 
     def hash_queries(self, query: torch.Tensor) -> npt.NDArray[np.uint16]:
@@ -266,8 +225,8 @@ class Decoder:
         codes = None if exact else self.projection.hash_queries(q)
         rows, lookup_ns, attend_ns = _C.decode_attention(
             layer.pages,
+            None if exact else self._rule,
             None if exact else layer.index,
-            None if exact else layer.table,
             q.numpy(),
             codes,
             None if exact else layer.center.numpy(),
@@ -279,7 +238,6 @@ class Decoder:
             exact_below=1,
             isa=self._isa,
             pool=self._pool,
-            **self._sampling,
         )
         return Decoded(out.to(query.dtype), rows, lookup_ns, attend_ns)
 

@@ -9,10 +9,11 @@ from types import ModuleType
 import numpy as np
 import numpy.typing as npt
 import torch
-from bench_layer import Decoder, SampledLayer, sampling_arguments
+from bench_layer import Decoder, SampledLayer, options_of
 
 from vllm_magicpig import _C
 from vllm_magicpig.host_pages import row_bits
+from vllm_magicpig.lsh_index import sample_rule
 
 STREAM = 0  # means nothing to callbacks that run at once
 
@@ -50,8 +51,8 @@ class GrowingRequest:
         self._callbacks = _C.HostCallbacks(native.launch_inline)
         self._native = _C.StreamLayer(
             layer.pages,
+            sample_rule(options_of(layer.config)),
             layer.index,
-            layer.table,
             self._exchange,
             self._callbacks,
             None if layer.index is None else builder,
@@ -59,7 +60,6 @@ class GrowingRequest:
             exact_below=1,
             isa=isa,
             pool=pool,
-            **sampling_arguments(layer.config),
         )
         self._native.set_center(layer.center.numpy())
 

@@ -158,7 +158,7 @@ def test_python_asks_only_when_something_changed(layer: Layer) -> None:
     layer.append("a", 3000)
     asked = []
     ask = layer.index._ask
-    layer.index._ask = lambda step: (asked.append(int(step.seq_lens[0])), ask(step))  # type: ignore[method-assign]
+    layer.index._ask = lambda step, *rest: (asked.append(int(step.seq_lens[0])), ask(step, *rest))  # type: ignore[method-assign]
     for _ in range(80):
         layer.builder.drain()
         layer.append("a", 1)

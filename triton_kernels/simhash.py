@@ -54,8 +54,9 @@ def pack_directions(directions: torch.Tensor, num_bits: int) -> torch.Tensor:
     """Bit planes of the hyperplanes, split for the kernel: fp16 [2, K, head_size, L padded].
 
     directions: float32 [head_size, L * K], where column l * K + k is bit k of table l
-    (reference.hyperplanes); words of 16 tables of one bit are tables of 16 bits here. Plane k holds bit k of every table; planes[0] + planes[1] is the
-    direction times a power of two, to 22 bits. L is padded with zeros to a multiple of 32.
+    (reference.hyperplanes); a word of 16 tables of one bit each is one table of 16 bits here. Plane k
+    holds bit k of every table; planes[0] + planes[1] is the direction times a power of two, to 22
+    bits. L is padded with zeros to a multiple of 32.
     """
     head_size, num_columns = directions.shape
     if directions.dtype != torch.float32 or not 1 <= num_bits <= 16 or num_columns % num_bits:
