@@ -186,13 +186,58 @@ py::array_t<uint16_t> pack_codes_array(const py::array& projections, int64_t num
   return codes;
 }
 
-std::unique_ptr<InclusionTable> make_table(int64_t num_bits, int64_t num_tables) {
-  const int bits = in_range("num_bits", num_bits, 1, kMaxBits);
+int check_tables(int bits, int64_t num_tables) {
   const int tables =
       in_range("num_tables", num_tables, 1, bits == 1 ? kMaxSignatureTables : kMaxTables);
   if (bits == 1 && tables % InclusionTable::kBitsPerWord != 0)
     refuse("num_tables is ", num_tables,
            ", but with K = 1 must be a multiple of 16, the tables of a code word; pass one.");
+  return tables;
+}
+
+std::unique_ptr<SimHash> make_hash(const py::array& signs, int64_t head_size, int64_t num_bits,
+                                   int64_t num_tables) {
+  const int bits = in_range("num_bits", num_bits, 1, kMaxBits);
+  const int tables = check_tables(bits, num_tables);
+  check_shape("signs", signs, {{"2 + blocks"}, {"size"}});
+  const int64_t size = signs.shape(1);
+  if (size < InclusionTable::kBitsPerWord || size > SimHash::kMaxSize || (size & (size - 1)) != 0)
+    refuse("signs are for a transform of ", size, " elements, but must be for 16 to ",
+           SimHash::kMaxSize, " and a power of two; pass those of reference.hadamard_signs.");
+  const int head = in_range("head_size", head_size, 1, size);
+  const int blocks = SimHash::num_blocks(bits, tables, static_cast<int>(size));
+  const int8_t* sign = input<int8_t>("signs", signs, {{"2 + blocks", 2 + blocks}, {"size", size}});
+  for (py::ssize_t i = 0; i < signs.size(); ++i)
+    if (sign[i] != 1 && sign[i] != -1)
+      refuse("signs holds ", static_cast<int>(sign[i]), ", but must hold 1 and -1; pass signs.");
+  return std::make_unique<SimHash>(head, bits, tables, static_cast<int>(size),
+                                   std::vector<float>(sign, sign + signs.size()));
+}
+
+py::array_t<uint16_t> hash_codes(const SimHash& self, const py::array& vectors,
+                                 const std::optional<py::array>& center, Isa isa,
+                                 ThreadPool& pool) {
+  check_isa(isa);
+  const float* x =
+      input<float>("vectors", vectors, {{"n"}, {"num_heads"}, {"head_size", self.head_size()}});
+  const py::ssize_t num_heads = vectors.shape(1);
+  const float* centers =
+      center.has_value() ? input<float>("center", *center,
+                                        {{"num_heads", num_heads}, {"head_size", self.head_size()}})
+                         : nullptr;
+  py::array_t<uint16_t> codes(
+      std::vector<py::ssize_t>{vectors.shape(0), num_heads, self.code_words()});
+  uint16_t* out = codes.mutable_data();
+  const size_t num_vectors = static_cast<size_t>(vectors.shape(0) * num_heads);
+  py::gil_scoped_release release;
+  if (num_vectors > 0)
+    self.hash(x, num_vectors, centers, static_cast<size_t>(num_heads), out, isa, pool);
+  return codes;
+}
+
+std::unique_ptr<InclusionTable> make_table(int64_t num_bits, int64_t num_tables) {
+  const int bits = in_range("num_bits", num_bits, 1, kMaxBits);
+  const int tables = check_tables(bits, num_tables);
   py::gil_scoped_release release;
   return std::make_unique<InclusionTable>(bits, tables);
 }
@@ -423,6 +468,12 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("pack_codes", &pack_codes_array, array_arg("projections"), arg("num_bits"), arg("isa"),
         arg("pool"));
+
+  py::class_<SimHash>(m, "SimHash")
+      .def(py::init(&make_hash), array_arg("signs"), arg("head_size"), arg("num_bits"),
+           arg("num_tables"))
+      .def("hash", &hash_codes, array_arg("vectors"), array_arg("center").none(true), arg("isa"),
+           arg("pool"));
 
   py::class_<InclusionTable, std::shared_ptr<InclusionTable>>(m, "InclusionTable")
       .def(py::init(&make_table), arg("num_bits"), arg("num_tables"))

@@ -65,7 +65,25 @@ struct AttendArgs {
   float* acc;                  // [num_heads][head_size], sum of exp(logit - max) * V
 };
 
+/// What SimHash::hash needs (hashing.cpp).
+struct HashPlan {
+  int head_size;
+  int size;            // of the transform
+  int num_words;       // code words of a vector
+  int word_bits;       // bits of each
+  bool one_block;      // a word's bits come from one block, else each from another
+  const float* signs;  // [2 + blocks][size], 1 or -1
+};
+/// Vectors that are transformed together at most, one in each lane.
+constexpr int kMaxLanes = 16;
+constexpr int kMaxTransform = SimHash::kMaxSize;
+
 struct Kernels {
+  /// Codes of vectors [num_vectors][head_size], each less the centre of its head,
+  /// where centers [num_heads][head_size] are given: vector i is of head (first_head + i) %
+  /// num_heads.
+  void (*hash)(const HashPlan& plan, const float* vectors, size_t num_vectors, const float* centers,
+               size_t num_heads, size_t first_head, uint16_t* codes);
   void (*pack_codes)(const float* projections, size_t num_rows, int num_tables, int num_bits,
                      uint16_t* codes);
   void (*log_u)(const Weighting& weighting, const float* cosine, size_t size, float* out);

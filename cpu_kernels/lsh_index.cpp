@@ -170,18 +170,6 @@ void Segment::Free::operator()(uint16_t* memory) const {
   std::free(memory);
 }
 
-void pack_codes(const float* projections, size_t num_rows, int num_tables, int num_bits,
-                uint16_t* codes, Isa isa, ThreadPool& pool) {
-  constexpr size_t kRowsPerTask = 64;
-  pool.run((num_rows + kRowsPerTask - 1) / kRowsPerTask, [&](size_t task, int) {
-    const size_t begin = task * kRowsPerTask;
-    const size_t rows = std::min(kRowsPerTask, num_rows - begin);
-    const size_t tables = static_cast<size_t>(num_tables);
-    kernels_of(isa).pack_codes(projections + begin * tables * static_cast<size_t>(num_bits), rows,
-                               num_tables, num_bits, codes + begin * tables);
-  });
-}
-
 size_t LshIndex::level_of(const Stretch& stretch) const {
   const int tokens = static_cast<int>(stretch.size()) * pages_.layout().block_size;
   return static_cast<size_t>(std::find(levels_.begin(), levels_.end(), tokens) - levels_.begin());

@@ -162,11 +162,6 @@ class Pages {
 
 // ---------------------------------------------------------------------- LSH index (lsh_index.cpp)
 
-/// Sign bits to codes: projections [num_rows][L * K], codes [num_rows][L]; bit k of code l is set
-/// when projection l * K + k is > 0.
-void pack_codes(const float* projections, size_t num_rows, int num_tables, int num_bits,
-                uint16_t* codes, Isa isa, ThreadPool& pool);
-
 /// Buckets of one kv head in one segment.
 struct SegmentView {
   const uint16_t* ids;      // [L][segment_tokens], sorted by bucket, ascending within a bucket
@@ -375,6 +370,45 @@ struct Threshold {
 
 void log_u(const InclusionTable& table, Threshold threshold, const float* cosine, size_t size,
            float* out, Isa isa);
+
+// ----------------------------------------------------------------------- hashing (hashing.cpp)
+
+/// The hyperplanes of one layer, as random signs between Walsh-Hadamard transforms H of `size`
+/// elements: a vector is rotated twice, y = H D1 H D0 x / size, and block b projects it to H Db y.
+/// Bit k of table l is element l % size of block l / size * K + k; with K = 1, table l is element l
+/// % 16 of block l / 16. Bits of one table from one block would be orthogonal directions, and the
+/// tables' collisions no longer those of independent ones. Source: reference.hyperplanes.
+class SimHash {
+ public:
+  /// signs: [2 + num_blocks][size], 1 or -1; size: a power of two from head_size to kMaxSize.
+  SimHash(int head_size, int num_bits, int num_tables, int size, std::vector<float> signs);
+
+  static constexpr int kMaxSize = 256;
+  static int num_blocks(int num_bits, int num_tables, int size);
+
+  int head_size() const { return head_size_; }
+  int code_words() const {
+    return num_bits_ == 1 ? num_tables_ / InclusionTable::kBitsPerWord : num_tables_;
+  }
+  int word_bits() const { return num_bits_ == 1 ? InclusionTable::kBitsPerWord : num_bits_; }
+
+  /// vectors: [num_vectors][head_size], num_heads to a token; centers: [num_heads][head_size] to
+  /// subtract, or null; codes: [num_vectors][code_words]. A bit is set where its projection is > 0.
+  void hash(const float* vectors, size_t num_vectors, const float* centers, size_t num_heads,
+            uint16_t* codes, Isa isa, ThreadPool& pool) const;
+
+ private:
+  int head_size_;
+  int num_bits_;
+  int num_tables_;
+  int size_;
+  std::vector<float> signs_;
+};
+
+/// Sign bits to codes: projections [num_rows][L * K], codes [num_rows][L]; bit k of code l is set
+/// when projection l * K + k is > 0.
+void pack_codes(const float* projections, size_t num_rows, int num_tables, int num_bits,
+                uint16_t* codes, Isa isa, ThreadPool& pool);
 
 // --------------------------------------------------------------------- lookup (sample_lookup.cpp)
 

@@ -149,6 +149,104 @@ void pack_codes(const float* projections, size_t num_rows, int num_tables, int n
   }
 }
 
+/// kRadix rows, kStep apart, of a Walsh-Hadamard transform.
+template <int kRadix>
+inline void butterflies(float* x, int step) {
+  Vec v[kRadix];
+  for (int i = 0; i < kRadix; ++i) v[i] = load(x + i * step);
+  for (int half = 1; half < kRadix; half *= 2)
+    for (int i = 0; i < kRadix; ++i)
+      if ((i & half) == 0) {
+        const Vec sum = v[i] + v[i + half];
+        v[i + half] = v[i] - v[i + half];
+        v[i] = sum;
+      }
+  for (int i = 0; i < kRadix; ++i) store(x + i * step, v[i]);
+}
+
+template <int kRadix>
+inline void transform_pass(float* x, int size, int half) {
+  for (int block = 0; block < size; block += kRadix * half)
+    for (int i = block; i < block + half; ++i) butterflies<kRadix>(x + i * kLanes, half * kLanes);
+}
+
+/// The Walsh-Hadamard transform of x [size][kLanes] over its rows, in place, in natural order.
+inline void transform(float* x, int size) {
+  int half = 1;
+  for (; 8 * half <= size; half *= 8) transform_pass<8>(x, size, half);
+  if (4 * half <= size) {
+    transform_pass<4>(x, size, half);
+    half *= 4;
+  }
+  if (2 * half <= size) transform_pass<2>(x, size, half);
+}
+
+/// to = signs * from, row by row; then transformed.
+inline void rotate(const float* from, const float* signs, int size, float* to) {
+  for (int i = 0; i < size; ++i)
+    store(to + i * kLanes, load(from + i * kLanes) * broadcast(signs[i]));
+  transform(to, size);
+}
+
+/// Adds bit k to the sums of `count` rows, where their values are positive.
+inline void add_bits(const float* values, int count, int k, float* sums) {
+  const Vec zero = broadcast(0.0f), bit = broadcast(static_cast<float>(1 << k));
+  for (int i = 0; i < count; ++i) {
+    const Vec positive = select(less(zero, load(values + i * kLanes)), bit, zero);
+    store(sums + i * kLanes, load(sums + i * kLanes) + positive);
+  }
+}
+
+/// kLanes vectors at a time, one in each lane: x rotated twice by itself, then once more for each
+/// block.
+void hash(const HashPlan& plan, const float* vectors, size_t num_vectors, const float* centers,
+          size_t num_heads, size_t first_head, uint16_t* codes) {
+  alignas(64) float x[kMaxTransform * kLanes], y[kMaxTransform * kLanes];
+  alignas(64) float sums[kMaxTransform * kLanes];
+  const int size = plan.size;
+  for (size_t first = 0; first < num_vectors; first += kLanes) {
+    const size_t left = num_vectors - first;
+    const int lanes = left < static_cast<size_t>(kLanes) ? static_cast<int>(left) : kLanes;
+    memset(x, 0, static_cast<size_t>(size) * kLanes * sizeof(float));
+    for (int lane = 0; lane < lanes; ++lane) {
+      const size_t vector = first + static_cast<size_t>(lane);
+      const float* from = vectors + vector * static_cast<size_t>(plan.head_size);
+      for (int d = 0; d < plan.head_size; ++d) x[d * kLanes + lane] = from[d];
+      if (centers == nullptr) continue;
+      const float* center =
+          centers + (first_head + vector) % num_heads * static_cast<size_t>(plan.head_size);
+      for (int d = 0; d < plan.head_size; ++d) x[d * kLanes + lane] -= center[d];
+    }
+    rotate(x, plan.signs, size, y);
+    rotate(y, plan.signs + size, size, x);
+
+    const float* signs = plan.signs + 2 * size;
+    // Words whose codes are being made: one, or as many as a transform has rows.
+    const int step = plan.one_block ? 1 : size;
+    for (int word = 0; word < plan.num_words; word += step) {
+      const int words = smaller(step, plan.num_words - word);
+      memset(sums, 0, static_cast<size_t>(words) * kLanes * sizeof(float));
+      if (plan.one_block) {
+        rotate(x, signs, size, y);
+        signs += size;
+        for (int k = 0; k < plan.word_bits; ++k) add_bits(y + k * kLanes, 1, k, sums);
+      } else {
+        for (int k = 0; k < plan.word_bits; ++k, signs += size) {
+          rotate(x, signs, size, y);
+          add_bits(y, words, k, sums);
+        }
+      }
+      for (int lane = 0; lane < lanes; ++lane) {
+        uint16_t* to = codes +
+                       (first + static_cast<size_t>(lane)) * static_cast<size_t>(plan.num_words) +
+                       word;
+        for (int i = 0; i < words; ++i)
+          to[i] = static_cast<uint16_t>(static_cast<int>(sums[i * kLanes + lane]));
+      }
+    }
+  }
+}
+
 // ----------------------------------------------------------------------------------------- lookup
 
 struct Run {
@@ -246,6 +344,11 @@ inline void add_tile(Tile16 scores, int tile, uint8_t lowest, int head, const Ma
   const uint32_t word = at_least(scores, lowest);
   matches.words[head * matches.head_stride + tile] = word;
   if (matches.scores == nullptr || word == 0) return;
+  if (word == ~uint32_t{0}) {
+    store_bytes(matches.scores + head * matches.score_stride + matches.num_scores[head], scores);
+    matches.num_scores[head] += kTileTokens;
+    return;
+  }
   uint8_t bytes[kTileTokens];
   store_bytes(bytes, scores);
   add_scores(word, bytes, head, matches);

@@ -28,7 +28,8 @@ namespace {
 #include "sampled_attention.inl"
 }  // namespace
 
-const Kernels kernels = {pack_codes, log_u, match_segment, match_tiles, match_signatures, attend};
+const Kernels kernels = {hash,        pack_codes,       log_u, match_segment,
+                         match_tiles, match_signatures, attend};
 
 }  // namespace magicpig::avx512_vpopcnt
 

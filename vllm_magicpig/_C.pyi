@@ -100,6 +100,26 @@ def pack_codes(
     With num_bits = 16 the codes are the words of a signature of tables of one bit.
     """
 
+class SimHash:
+    """The hyperplanes of one layer as Walsh-Hadamard transforms between random signs.
+
+    signs: int8 [2 + blocks, size] of reference.hadamard_signs for this head_size, K and L.
+    """
+
+    def __init__(
+        self, signs: npt.NDArray[np.int8], head_size: int, num_bits: int, num_tables: int
+    ) -> None: ...
+    def hash(
+        self,
+        vectors: npt.NDArray[np.float32],
+        center: npt.NDArray[np.float32] | None,
+        isa: Isa,
+        pool: ThreadPool,
+    ) -> npt.NDArray[np.uint16]:
+        """vectors: float32 [n, num_heads, head_size], less center, float32 [num_heads, head_size],
+        where it is given -> uint16 [n, num_heads, code_words]; a bit is set where its projection
+        is > 0."""
+
 class InclusionTable:
     """log u over the collision probability, for one (K, L) and every threshold; source: reference.py.
 

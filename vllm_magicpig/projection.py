@@ -1,6 +1,8 @@
-"""SimHash on the host: one GEMM with the layer's hyperplanes, signs packed natively."""
+"""SimHash on the host, by Walsh-Hadamard transforms."""
 
 from __future__ import annotations
+
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -9,8 +11,8 @@ import torch
 from vllm_magicpig import _C, reference
 from vllm_magicpig.config import MagicPigOptions
 
-_ROWS_PER_GEMM = 2048
-"""Bounds the projections held at once: 12 MB at K = 10, L = 150."""
+_TOKENS_AT_ONCE = 1024
+"""Bounds the float32 copies of keys that are held."""
 
 _LAYER_SEED_STRIDE = 1_000_003
 """Spreads the layers' seeds, so that no two of a model's layers share hyperplanes."""
@@ -27,10 +29,17 @@ class Projection:
         isa: _C.Isa,
         pool: _C.ThreadPool,
     ) -> None:
-        self._word_bits, self._code_words = options.word_bits, options.code_words
         seed = (options.seed + layer_index * _LAYER_SEED_STRIDE) % (1 << 63)
-        self.directions = reference.hyperplanes(head_size, options.L, options.K, seed)
+        self._hyperplanes = (head_size, options.L, options.K, seed)
+        signs = reference.hadamard_signs(*self._hyperplanes)
+        self._hash = _C.SimHash(signs.numpy(), head_size, options.K, options.L)
+        self._code_words = options.code_words
         self._isa, self._pool = isa, pool
+
+    @cached_property
+    def directions(self) -> torch.Tensor:
+        """The same hyperplanes as a matrix, float32 [head_size, L * K]: what a device multiplies by."""
+        return reference.hyperplanes(*self._hyperplanes)
 
     def hash_keys(self, keys: torch.Tensor, center: torch.Tensor) -> npt.NDArray[np.uint16]:
         """keys: [num_tokens, num_kv_heads, head_size]; center: float32 [num_kv_heads, head_size].
@@ -40,10 +49,11 @@ class Projection:
         """
         num_tokens, num_kv_heads, _ = keys.shape
         codes = np.empty((num_tokens, num_kv_heads, self._code_words), dtype=np.uint16)
-        tokens_per_gemm = max(1, _ROWS_PER_GEMM // num_kv_heads)
-        for start in range(0, num_tokens, tokens_per_gemm):
-            stop = min(start + tokens_per_gemm, num_tokens)
-            codes[start:stop] = self._hash(keys[start:stop].float() - center)
+        for start in range(0, num_tokens, _TOKENS_AT_ONCE):
+            some = keys[start : start + _TOKENS_AT_ONCE].float().contiguous().numpy()
+            codes[start : start + len(some)] = self._hash.hash(
+                some, center.numpy(), self._isa, self._pool
+            )
         return codes
 
     def hash_queries(self, queries: torch.Tensor) -> npt.NDArray[np.uint16]:
@@ -53,9 +63,4 @@ class Projection:
         Queries are not centred: shifting all keys leaves softmax unchanged, shifting queries does
         not (arXiv 2410.16179, section 4.3).
         """
-        return self._hash(queries)
-
-    def _hash(self, vectors: torch.Tensor) -> npt.NDArray[np.uint16]:
-        projections = vectors.reshape(-1, vectors.shape[-1]) @ self.directions
-        codes = _C.pack_codes(projections.numpy(), self._word_bits, self._isa, self._pool)
-        return codes.reshape(*vectors.shape[:-1], self._code_words)
+        return self._hash.hash(queries.contiguous().numpy(), None, self._isa, self._pool)

@@ -15,14 +15,56 @@ LOG_U_FLOOR = -80.0
 """log u is clamped here, so that a code collision at a cosine of -1 (u = 0) stays finite."""
 
 
-def hyperplanes(head_size: int, num_tables: int, num_bits: int, seed: int) -> torch.Tensor:
-    """Gaussian directions of all tables: float32 [head_size, num_tables * num_bits], on the CPU.
+SIGNATURE_WORD_BITS = 16
+"""With K = 1 a table is one bit, and the tables of a vector are kept in words of so many."""
 
-    Column l * K + k is bit k of table l. The same (head_size, K, L, seed) gives the same
-    directions in every process, which prefix sharing between ranks and restarts relies on.
+
+def hadamard_signs(head_size: int, num_tables: int, num_bits: int, seed: int) -> torch.Tensor:
+    """Random signs of the hyperplanes of a layer: int8 [2 + blocks, size], 1 or -1, on the CPU.
+
+    size is a power of two, 128 at least: shorter vectors are padded with zeros, so that each direction
+    adds up enough signs to be nearly normal. The same (head_size, L, K, seed) gives the same signs in
+    every process, which prefix sharing between ranks and restarts relies on.
     """
+    size = max(128, 1 << (head_size - 1).bit_length())
+    if num_bits == 1:
+        blocks = -(-num_tables // SIGNATURE_WORD_BITS)
+    else:
+        blocks = -(-num_tables // size) * num_bits
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(head_size, num_tables * num_bits, generator=generator, dtype=torch.float32)
+    bits = torch.randint(0, 2, (2 + blocks, size), generator=generator, dtype=torch.int8)
+    return 2 * bits - 1
+
+
+def hyperplanes(head_size: int, num_tables: int, num_bits: int, seed: int) -> torch.Tensor:
+    """Directions of all tables: float32 [head_size, num_tables * num_bits], on the CPU; exact.
+
+    Column l * K + k is bit k of table l. The paper draws them from a normal distribution; these are
+    rows of products of Walsh-Hadamard matrices H and random signs D, which hash eight times as fast
+    (Andoni et al., "Practical and Optimal LSH for Angular Distance", arXiv 1509.02897, section 3):
+    block b projects to H Db (H D1 H D0 / size). Bits of one table come from different blocks: within a
+    block, directions are orthogonal, and their collisions would not be those of independent ones.
+    With K = 1, 16 tables come from one block.
+    """
+    signs = hadamard_signs(head_size, num_tables, num_bits, seed).double()
+    size = signs.shape[1]
+    h = _hadamard(size)
+    rotation = (h * signs[1]) @ (h * signs[0]) / size
+    blocks = torch.stack([(h * d) @ rotation for d in signs[2:]])[..., :head_size]
+    table = torch.arange(num_tables)[:, None]
+    if num_bits == 1:
+        block, row = table // SIGNATURE_WORD_BITS, table % SIGNATURE_WORD_BITS
+    else:
+        block, row = table // size * num_bits + torch.arange(num_bits), table % size
+    return blocks[block, row.expand_as(block)].flatten(0, 1).T.float().contiguous()
+
+
+def _hadamard(size: int) -> torch.Tensor:
+    """Sylvester's matrix, float64 [size, size]; size a power of two."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix
 
 
 def hash_codes(vectors: torch.Tensor, directions: torch.Tensor, num_bits: int) -> torch.Tensor:
