@@ -199,14 +199,14 @@ std::unique_ptr<SimHash> make_hash(const py::array& signs, int64_t head_size, in
                                    int64_t num_tables) {
   const int bits = in_range("num_bits", num_bits, 1, kMaxBits);
   const int tables = check_tables(bits, num_tables);
-  check_shape("signs", signs, {{"2 + blocks"}, {"size"}});
+  check_shape("signs", signs, {{"3 + blocks"}, {"size"}});
   const int64_t size = signs.shape(1);
   if (size < InclusionTable::kBitsPerWord || size > SimHash::kMaxSize || (size & (size - 1)) != 0)
     refuse("signs are for a transform of ", size, " elements, but must be for 16 to ",
            SimHash::kMaxSize, " and a power of two; pass those of reference.hadamard_signs.");
   const int head = in_range("head_size", head_size, 1, size);
   const int blocks = SimHash::num_blocks(bits, tables, static_cast<int>(size));
-  const int8_t* sign = input<int8_t>("signs", signs, {{"2 + blocks", 2 + blocks}, {"size", size}});
+  const int8_t* sign = input<int8_t>("signs", signs, {{"3 + blocks", 3 + blocks}, {"size", size}});
   for (py::ssize_t i = 0; i < signs.size(); ++i)
     if (sign[i] != 1 && sign[i] != -1)
       refuse("signs holds ", static_cast<int>(sign[i]), ", but must hold 1 and -1; pass signs.");

@@ -72,7 +72,7 @@ struct HashPlan {
   int num_words;       // code words of a vector
   int word_bits;       // bits of each
   bool one_block;      // a word's bits come from one block, else each from another
-  const float* signs;  // [2 + blocks][size], 1 or -1
+  const float* signs;  // [3 + blocks][size], 1 or -1
 };
 /// Vectors that are transformed together at most, one in each lane.
 constexpr int kMaxLanes = 16;

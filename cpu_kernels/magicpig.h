@@ -374,13 +374,13 @@ void log_u(const InclusionTable& table, Threshold threshold, const float* cosine
 // ----------------------------------------------------------------------- hashing (hashing.cpp)
 
 /// The hyperplanes of one layer, as random signs between Walsh-Hadamard transforms H of `size`
-/// elements: a vector is rotated twice, y = H D1 H D0 x / size, and block b projects it to H Db y.
-/// Bit k of table l is element l % size of block l / size * K + k; with K = 1, table l is element l
-/// % 16 of block l / 16. Bits of one table from one block would be orthogonal directions, and the
-/// tables' collisions no longer those of independent ones. Source: reference.hyperplanes.
+/// elements: a vector is rotated three times, y = H D2 H D1 H D0 x, and block b projects it to H Db
+/// y. Bit k of table l is element l % size of block l / size * K + k; with K = 1, table l is
+/// element l % 16 of block l / 16. Bits of one table from one block would be orthogonal directions,
+/// and the tables' collisions no longer those of independent ones. Source: reference.hyperplanes.
 class SimHash {
  public:
-  /// signs: [2 + num_blocks][size], 1 or -1; size: a power of two from head_size to kMaxSize.
+  /// signs: [3 + num_blocks][size], 1 or -1; size: a power of two from head_size to kMaxSize.
   SimHash(int head_size, int num_bits, int num_tables, int size, std::vector<float> signs);
 
   static constexpr int kMaxSize = 256;

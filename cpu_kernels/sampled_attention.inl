@@ -197,12 +197,12 @@ inline void add_bits(const float* values, int count, int k, float* sums) {
   }
 }
 
-/// kLanes vectors at a time, one in each lane: x rotated twice by itself, then once more for each
-/// block.
+/// kLanes vectors at a time, one in each lane: x rotated three times by itself, then once more for
+/// each block.
 void hash(const HashPlan& plan, const float* vectors, size_t num_vectors, const float* centers,
           size_t num_heads, size_t first_head, uint16_t* codes) {
   alignas(64) float x[kMaxTransform * kLanes], y[kMaxTransform * kLanes];
-  alignas(64) float sums[kMaxTransform * kLanes];
+  alignas(64) float rotated[kMaxTransform * kLanes], sums[kMaxTransform * kLanes];
   const int size = plan.size;
   for (size_t first = 0; first < num_vectors; first += kLanes) {
     const size_t left = num_vectors - first;
@@ -219,20 +219,21 @@ void hash(const HashPlan& plan, const float* vectors, size_t num_vectors, const 
     }
     rotate(x, plan.signs, size, y);
     rotate(y, plan.signs + size, size, x);
+    rotate(x, plan.signs + 2 * size, size, rotated);
 
-    const float* signs = plan.signs + 2 * size;
+    const float* signs = plan.signs + 3 * size;
     // Words whose codes are being made: one, or as many as a transform has rows.
     const int step = plan.one_block ? 1 : size;
     for (int word = 0; word < plan.num_words; word += step) {
       const int words = smaller(step, plan.num_words - word);
       memset(sums, 0, static_cast<size_t>(words) * kLanes * sizeof(float));
       if (plan.one_block) {
-        rotate(x, signs, size, y);
+        rotate(rotated, signs, size, y);
         signs += size;
         for (int k = 0; k < plan.word_bits; ++k) add_bits(y + k * kLanes, 1, k, sums);
       } else {
         for (int k = 0; k < plan.word_bits; ++k, signs += size) {
-          rotate(x, signs, size, y);
+          rotate(rotated, signs, size, y);
           add_bits(y, words, k, sums);
         }
       }

@@ -208,7 +208,7 @@ def test_index_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert bench_index.main(["--quick", "--threads", "1", "--output", str(tmp_path)]) == 0
     content = _written(tmp_path, "bench_index")
     assert content["threads"] == [1]
-    assert [build["level"] for build in content["build"]] == [1024, 4096]
+    assert [build["level"] for build in content["build"]] == [1024, 2048, 4096, 8192]
     assert all(build["us"] > 0 and build["index_bytes"] > 300 for build in content["build"])
     idle, busy = content["background"]["steps"]
     assert idle["segments"] == 0 < busy["segments"]

@@ -53,11 +53,11 @@ def test_host_bytes_of_a_block() -> None:
 @pytest.mark.parametrize(
     ("block_size", "levels"),
     [
-        (32, [1024, 4096, 16384, 65536]),
-        (96, [1056, 4224, 16896, 50688]),  # the last is three times the one before
-        (128, [1024, 4096, 16384, 65536]),
-        (2048, [2048, 8192, 32768, 65536]),
-        (3072, [3072, 12288, 49152]),
+        (32, [1024, 2048, 4096, 8192, 16384, 32768, 65536]),
+        (96, [1056, 2112, 4224, 8448, 16896, 33792]),
+        (128, [1024, 2048, 4096, 8192, 16384, 32768, 65536]),
+        (2048, [2048, 4096, 8192, 16384, 32768, 65536]),
+        (3072, [3072, 6144, 12288, 24576, 49152]),
         (65536, [65536]),
     ],
 )
@@ -137,13 +137,13 @@ def test_growth_of_a_request_fits_beside_requests_of_the_worst_case(
 
 
 def test_spare_bytes_by_hand() -> None:
-    one, four, sixteen, all64 = (
-        capacity.segment_bytes(8, 10, 150, 128, n) for n in (1024, 4096, 16384, 65536)
-    )
-    assert capacity.index_spare_bytes(1, 8, 10, 150, 128, 4095) == 0
+    sizes = [capacity.segment_bytes(8, 10, 150, 128, 1024 << i) for i in range(7)]
+    assert capacity.index_spare_bytes(1, 8, 10, 150, 128, 2047) == 0
     # Segments of 1,024 tokens are planned for; the last of each merge never exists.
-    assert capacity.index_spare_bytes(1, 8, 10, 150, 128, 4096) == four + 3 * one - 4 * one
-    most = all64 + 3 * sixteen + 3 * four + 3 * one - 64 * one
+    assert (
+        capacity.index_spare_bytes(1, 8, 10, 150, 128, 2048) == sizes[1] + sizes[0] - 2 * sizes[0]
+    )
+    most = sum(sizes) - 64 * sizes[0]
     assert capacity.index_spare_bytes(30, 8, 10, 150, 128, 1 << 30) == 30 * most
 
 

@@ -41,7 +41,7 @@ class World:
             2,
             num_tables=num_tables,
             num_bits=num_bits,
-            segment_tokens=segment_tokens,
+            levels=[segment_tokens],
             head_size=32,
             native=native,
         )

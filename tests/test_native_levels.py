@@ -273,5 +273,5 @@ def test_around_the_largest_level_of_the_plugin() -> None:
     for length in (65_535, 65_536, 65_537):
         built.append(layer.index.seal(blocks[None], np.array([length], np.int32), pool()))
         assert layer.index.find(blocks, length) == best_cover(length, levels)
-    assert built == [9, 1, 0]  # three of each smaller level, then all in one
+    assert built == [6, 1, 0]  # one of each smaller level, then all in one
     assert layer.index.num_segments == 1

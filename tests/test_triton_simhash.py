@@ -34,7 +34,7 @@ def test_the_margin_leaves_few_bits_in_doubt(head_size: int) -> None:
     is 2 g sqrt(D) / pi at most, 7.6e-4 at head size 256.
     """
     generator = torch.Generator().manual_seed(head_size)
-    num_vectors, num_columns = 500, 1000
+    num_vectors, num_columns = 4000, 1008
     vectors = torch.randn(num_vectors, 1, head_size, generator=generator)
     directions = reference.hyperplanes(head_size, num_columns, 1, seed=4)
     relative = head_size * (2**-24 + 2**-22) + 3 * 2**-22

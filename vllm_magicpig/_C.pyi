@@ -103,7 +103,7 @@ def pack_codes(
 class SimHash:
     """The hyperplanes of one layer as Walsh-Hadamard transforms between random signs.
 
-    signs: int8 [2 + blocks, size] of reference.hadamard_signs for this head_size, K and L.
+    signs: int8 [3 + blocks, size] of reference.hadamard_signs for this head_size, K and L.
     """
 
     def __init__(

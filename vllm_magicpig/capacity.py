@@ -37,7 +37,7 @@ _HUGE_PAGE = 2 << 20  # a segment of this size or more has memory of its own, in
 _SMALL_PAGE = 4096
 _SOURCE_BYTES = 16  # sizeof(Segment::Source)
 _MIN_SEGMENT_TOKENS = 1024  # below it, offsets outweigh ids at K = 10
-_LEVEL_FACTOR = 2  # a token is sorted four times in all as its request grows to 65,536 tokens
+_LEVEL_FACTOR = 2  # a token is sorted seven times in all as its request grows to 65,536 tokens
 
 
 def content_bytes(head_size: int, itemsize: int, code_words: int) -> int:

@@ -20,7 +20,7 @@ SIGNATURE_WORD_BITS = 16
 
 
 def hadamard_signs(head_size: int, num_tables: int, num_bits: int, seed: int) -> torch.Tensor:
-    """Random signs of the hyperplanes of a layer: int8 [2 + blocks, size], 1 or -1, on the CPU.
+    """Random signs of the hyperplanes of a layer: int8 [3 + blocks, size], 1 or -1, on the CPU.
 
     size is a power of two, 128 at least: shorter vectors are padded with zeros, so that each direction
     adds up enough signs to be nearly normal. The same (head_size, L, K, seed) gives the same signs in
@@ -32,7 +32,7 @@ def hadamard_signs(head_size: int, num_tables: int, num_bits: int, seed: int) ->
     else:
         blocks = -(-num_tables // size) * num_bits
     generator = torch.Generator().manual_seed(seed)
-    bits = torch.randint(0, 2, (2 + blocks, size), generator=generator, dtype=torch.int8)
+    bits = torch.randint(0, 2, (3 + blocks, size), generator=generator, dtype=torch.int8)
     return 2 * bits - 1
 
 
@@ -42,15 +42,15 @@ def hyperplanes(head_size: int, num_tables: int, num_bits: int, seed: int) -> to
     Column l * K + k is bit k of table l. The paper draws them from a normal distribution; these are
     rows of products of Walsh-Hadamard matrices H and random signs D, which hash eight times as fast
     (Andoni et al., "Practical and Optimal LSH for Angular Distance", arXiv 1509.02897, section 3):
-    block b projects to H Db (H D1 H D0 / size). Bits of one table come from different blocks: within a
-    block, directions are orthogonal, and their collisions would not be those of independent ones.
-    With K = 1, 16 tables come from one block.
+    block b projects to H Db (H D2 H D1 H D0 / size). Bits of one table come from different blocks:
+    within a block, directions are orthogonal, and their collisions would not be those of independent
+    ones. With K = 1, 16 tables come from one block.
     """
     signs = hadamard_signs(head_size, num_tables, num_bits, seed).double()
     size = signs.shape[1]
     h = _hadamard(size)
-    rotation = (h * signs[1]) @ (h * signs[0]) / size
-    blocks = torch.stack([(h * d) @ rotation for d in signs[2:]])[..., :head_size]
+    rotation = (h * signs[2]) @ (h * signs[1]) @ (h * signs[0]) / size
+    blocks = torch.stack([(h * d) @ rotation for d in signs[3:]])[..., :head_size]
     table = torch.arange(num_tables)[:, None]
     if num_bits == 1:
         block, row = table // SIGNATURE_WORD_BITS, table % SIGNATURE_WORD_BITS
