@@ -178,7 +178,9 @@ def test_memory_of_a_finished_request_is_given_back_by_the_steps_of_others(layer
     layer.append("c", 200)
     layer.builder.drain()
     assert layer.index.native.num_segments == 1, "the first lost two of its blocks"
-    layer.append("d", 1900)
+    layer.append("d", 900)
+    layer.append("e", 900)
+    layer.append("f", 900)
     layer.builder.drain()
     assert (layer.index.native.num_segments, layer.index.native.num_bytes) == (0, 0)
 
