@@ -10,9 +10,9 @@ const char* isa_name(Isa isa) {
     case Isa::avx2:
       return "avx2";
     case Isa::portable:
-      break;
+      return "portable";
   }
-  return "portable";
+  return "unknown";
 }
 
 bool isa_available(Isa isa) {
@@ -27,9 +27,9 @@ bool isa_available(Isa isa) {
       return false;
 #endif
     case Isa::portable:
-      break;
+      return true;
   }
-  return true;
+  return false;  // a number that names none
 }
 
 Isa best_isa() { return isa_available(Isa::avx2) ? Isa::avx2 : Isa::portable; }
