@@ -15,7 +15,7 @@ sanitizer_flags = (
         "-fno-omit-frame-pointer",
         "-fno-wrapv",  # Python's own flags may say -fwrapv, which defines what UBSan looks for
         "-O1",  # the last -O counts
-        "-g",
+        "-g1",  # lines in reports, at two thirds of the time
         "-DMAGICPIG_SANITIZE",  # a deliberate error that the run must report; see bindings.cpp
         # GCC warns of what its own instrumentation makes it lose sight of.
         "-Wno-error",

@@ -22,6 +22,12 @@
 namespace magicpig {
 namespace {
 
+/// std::lgamma would write its sign to a global, and tables are made in several threads at once.
+double log_factorial(int n) {
+  int sign;
+  return lgamma_r(n + 1.0, &sign);
+}
+
 /// log of the sum over k in [begin, end) of the binomial pmf, divided by x^t. log x^t is added only
 /// as (k - t) log x, so that x = 0 needs no special case beyond 0 * -inf.
 double log_pmf_sum(int num_tables, int begin, int end, int t, double log_x, double log_rest) {
@@ -29,7 +35,7 @@ double log_pmf_sum(int num_tables, int begin, int end, int t, double log_x, doub
   double largest = -std::numeric_limits<double>::infinity();
   for (int k = begin; k < end; ++k) {
     const double log_choose =
-        std::lgamma(num_tables + 1.0) - std::lgamma(k + 1.0) - std::lgamma(num_tables - k + 1.0);
+        log_factorial(num_tables) - log_factorial(k) - log_factorial(num_tables - k);
     const double successes = k == t ? 0.0 : (k - t) * log_x;
     const double failures = k == num_tables ? 0.0 : (num_tables - k) * log_rest;
     terms.push_back(log_choose + successes + failures);

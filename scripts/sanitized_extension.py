@@ -20,6 +20,8 @@ def load() -> None:
     if path is None:
         return
     name = "vllm_magicpig._C"
+    if getattr(sys.modules.get(name), "__file__", None) == path:
+        return
     if name in sys.modules:
         raise ImportError(f"{name} is loaded already; import {__name__} before it.")
     spec = importlib.util.spec_from_file_location(name, path)
