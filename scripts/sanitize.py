@@ -61,7 +61,7 @@ class Sanitizer:
 
     @property
     def reports(self) -> Path:
-        """Each process writes its own: the end of a worker of pytest tells nothing of what it ran into."""
+        """Of each process one: of pytest's workers nobody sees the exit code."""
         return self.folder / "reports"
 
 
@@ -154,12 +154,12 @@ def environment(sanitizer: Sanitizer) -> dict[str, str]:
     }
 
 
-def run(sanitizer: Sanitizer, command: Sequence[str], stderr: int | None = None) -> tuple[int, str]:
-    """Exit code, and what the sanitizer reports. UBSan beside ASan writes to stderr alone."""
+def run(sanitizer: Sanitizer, command: Sequence[str], quiet: bool = False) -> tuple[int, str]:
+    """Exit code, and what the sanitizer reports; UBSan beside ASan does so on stderr alone."""
     shutil.rmtree(sanitizer.reports, ignore_errors=True)
     sanitizer.reports.mkdir(parents=True)
     result = subprocess.run(
-        command, cwd=ROOT, env=environment(sanitizer), stderr=stderr, text=True, stdout=stderr
+        command, cwd=ROOT, env=environment(sanitizer), capture_output=quiet, text=True
     )
     reports = [path.read_text() for path in sorted(sanitizer.reports.iterdir())]
     return result.returncode, "\n".join([*reports, result.stderr or ""]).strip()
@@ -172,7 +172,7 @@ def prove_it_is_on(sanitizer: Sanitizer) -> None:
     )
     for error in (None, *sanitizer.errors):
         command = [sys.executable, "-c", program, error or "none"]
-        code, report = run(sanitizer, command, stderr=subprocess.PIPE)
+        code, report = run(sanitizer, command, quiet=True)
         expected = code == EXIT_CODE and REPORTS[error] in report if error else not (code or report)
         if not expected:
             raise Failure(
