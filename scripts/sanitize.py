@@ -199,7 +199,8 @@ def test_command(sanitizer: Sanitizer, short: bool) -> list[str]:
     # runs.
     command = [str(BIN / "pytest"), "-q", "-p", "no:cacheprovider", *files]
     command += ["--capture=sys"]  # what UBSan writes to stderr is seen
-    command += ["-n", str(JOBS), "--dist", "loadfile", "--timeout", "1800"]
+    command += ["-n", str(JOBS), "--dist", "loadfile", "--max-worker-restart", "0"]
+    command += ["--timeout", "1800"]
     return command + (["-k", sanitizer.skipped] if sanitizer.skipped else [])
 
 
