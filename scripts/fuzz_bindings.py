@@ -6,7 +6,8 @@
 Each call has to return, or to raise one of REFUSALS. Anything else is a failure: another exception,
 a crash, a call that never comes back. The case is written down before it runs, so that even a crash
 leaves the line that reproduces it. Cases do not depend on each other: case I of seed S makes its own
-objects, but for those of SLOW_TO_MAKE. No torch, so that it starts quickly under a sanitizer (scripts/sanitize.py).
+objects, but for those of SLOW_TO_MAKE. No torch, so that it starts quickly under a sanitizer
+(scripts/sanitize.py).
 
 What there is to call, and with which arguments, is read from the module's docstrings. A new argument
 needs its line in ARGUMENTS, and is asked for where it has none.
