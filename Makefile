@@ -5,7 +5,7 @@ VENV := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help setup demo test test-fast bench gpu-check lint format clean
+.PHONY: help setup demo test test-fast bench gpu-check sanitize lint format clean
 
 help:
 	@echo "make demo        set up, build the built-in model, serve it with magicpig, ask it questions"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-fast   without the tests that start a vLLM engine"
 	@echo "make bench       speed and accuracy on this CPU, about half an hour; BENCH_ARGS=--quick takes 4 minutes"
 	@echo "make gpu-check   with an NVIDIA GPU: correctness, bandwidths and speed in 8 minutes, and a report"
+	@echo "make sanitize    the native tests and 10 minutes of fuzz under GCC's sanitizers"
 	@echo "make lint        ruff, mypy and clang-format"
 	@echo "make setup       .venv with vLLM, this package and its tools"
 
@@ -45,6 +46,9 @@ bench: setup
 
 gpu-check: setup
 	$(VENV)/python scripts/gpu_check.py $(GPU_CHECK_ARGS)
+
+sanitize: setup
+	$(VENV)/python scripts/sanitize.py $(SANITIZE_ARGS)
 
 lint: setup
 	$(VENV)/ruff check .

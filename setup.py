@@ -1,16 +1,37 @@
 """The native extension; everything else is declared in pyproject.toml."""
 
+import os
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
+
+# Sanitizers, as -fsanitize takes them: scripts/sanitize.py builds the extension with them, elsewhere.
+sanitizers = os.environ.get("MAGICPIG_SANITIZE")
+sanitizer_flags = (
+    [
+        f"-fsanitize={sanitizers}",
+        "-fno-sanitize-recover=undefined",
+        "-fno-omit-frame-pointer",
+        "-fno-wrapv",  # Python's own flags may say -fwrapv, which defines what UBSan looks for
+        "-O1",  # the last -O counts
+        "-g1",  # lines in reports, at two thirds of the time
+        "-DMAGICPIG_SANITIZE",  # a deliberate error that the run must report; see bindings.cpp
+        # GCC warns of what its own instrumentation makes it lose sight of.
+        "-Wno-error",
+    ]
+    if sanitizers
+    else []
+)
+
+ParallelCompile("MAGICPIG_BUILD_JOBS").install()  # one at a time where that is not set
 
 setup(
     ext_modules=[
         Pybind11Extension(
             "vllm_magicpig._C",
             sorted(str(p) for p in Path("cpu_kernels").glob("*.cpp")),
-            depends=sorted(str(p) for p in Path("cpu_kernels").glob("*.[hi]*")),
+            depends=["setup.py", *sorted(str(p) for p in Path("cpu_kernels").glob("*.[hi]*"))],
             cxx_std=17,
             # No -march: each instruction set is compiled behind a target pragma and chosen at run
             # time, so one wheel runs on every x86-64 CPU. -fno-math-errno lets sqrt vectorise.
@@ -21,8 +42,9 @@ setup(
                 "-Werror",
                 "-fno-math-errno",
                 "-pthread",
+                *sanitizer_flags,
             ],
-            extra_link_args=["-pthread", "-ldl"],
+            extra_link_args=["-pthread", "-ldl", *sanitizer_flags[:1]],
         )
     ]
 )

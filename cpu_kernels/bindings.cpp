@@ -1,8 +1,12 @@
 // The module vllm_magicpig._C, declared in _C.pyi. The table of contents is at the end; above it,
 // each function checks its input and calls the C++ API. Nothing below this door checks again.
+//
+// pybind11 passes None as a null pointer, for shared_ptrs too, and as self of a member function:
+// hence references, and none(false) where they cannot be.
 #include "bindings.h"
 
 #include <optional>
+#include <thread>
 
 namespace magicpig {
 
@@ -16,7 +20,7 @@ Requests requests_of(const Pages& pages, const py::array& block_tables, const py
            block_tables.strides(1), " bytes, but each row must be contiguous; copy it.");
   const int32_t* lens = input<int32_t>("seq_lens", seq_lens, {{"num_reqs", block_tables.shape(0)}});
   const Requests requests = {static_cast<const int32_t*>(block_tables.data()),
-                             block_tables.strides(0) / item, lens,
+                             block_tables.size() > 0 ? block_tables.strides(0) / item : 0, lens,
                              in_range("num_reqs", block_tables.shape(0), 0, INT_MAX)};
   for (int r = 0; r < requests.size; ++r) {
     const int used = check_seq_len(pages, r, block_tables.shape(1), lens[r]);
@@ -115,6 +119,7 @@ void store_rows(BoundPages& self, const py::array& key, const py::array& value,
   const int64_t* slot = slots_of(slots, self.pages, num_tokens, -1);
   const RowsView keys = rows_view("key", key, self.pages, num_tokens);
   const RowsView values = rows_view("value", value, self.pages, num_tokens);
+  check_apart({"memory", self.memory}, {{"key", key}, {"value", value}, {"slots", slots}});
   py::gil_scoped_release release;
   self.pages.store_rows(keys, values, slot, static_cast<size_t>(num_tokens), pool);
 }
@@ -147,6 +152,7 @@ void store_codes(BoundPages& self, const py::array& codes, const py::array& slot
                                          {{"num_tokens", num_tokens},
                                           {"num_kv_heads", self.pages.num_kv_heads()},
                                           {"words", self.pages.layout().code_words}});
+  check_apart({"memory", self.memory}, {{"codes", codes}, {"slots", slots}});
   py::gil_scoped_release release;
   self.pages.store_codes(code, slot, static_cast<size_t>(num_tokens), pool);
 }
@@ -329,7 +335,8 @@ std::vector<std::pair<int, int>> find(const BoundIndex& self, const py::array& b
   const Pages& pages = self.pages->pages;
   const int32_t* blocks = input<int32_t>("block_table", block_table, {{"n"}});
   const int64_t block_size = pages.layout().block_size;
-  const int tokens = in_range("num_tokens", num_tokens, 0, block_table.shape(0) * block_size);
+  const int tokens =
+      in_range("num_tokens", num_tokens, 0, token_capacity(block_table.shape(0), block_size));
   for (int64_t i = 0; i < (tokens + block_size - 1) / block_size; ++i)
     if (blocks[i] < 0 || blocks[i] >= pages.num_blocks())
       refuse("block_table[", i, "] is ", blocks[i], ", but blocks lie in 0..",
@@ -420,6 +427,14 @@ py::tuple decode(const BoundPages& pages, const BoundRule* rule, const BoundInde
       {{"num_reqs", requests.size}, {"num_q_heads", in.num_q_heads}, {"head_size", head_size}});
   result.lse =
       output<float>("lse", lse, {{"num_reqs", requests.size}, {"num_q_heads", in.num_q_heads}});
+  check_apart({"lse", lse}, {{"out", out}});
+  for (const Named& written : {Named{"out", out}, Named{"lse", lse}}) {
+    check_apart(written, {{"query", query},
+                          {"block_tables", block_tables},
+                          {"seq_lens", seq_lens},
+                          {"the memory of the pages", pages.memory}});
+    if (given == 3) check_apart(written, {{"query_codes", *query_codes}, {"center", *center}});
+  }
   py::array_t<int32_t> rows({requests.size, in.num_q_heads});
   result.sampled_rows = rows.mutable_data();
   {
@@ -428,6 +443,22 @@ py::tuple decode(const BoundPages& pages, const BoundRule* rule, const BoundInde
   }
   return py::make_tuple(rows, result.lookup_ns, result.attention_ns);
 }
+
+#if defined(MAGICPIG_SANITIZE)
+/// An error on purpose, in sanitized builds alone: scripts/sanitize.py sees it reported before it
+/// believes that silence means anything.
+int make_error(const std::string& kind) {
+  const std::unique_ptr<volatile int[]> values(new volatile int[4]());
+  if (kind == "address") return values[4 + values[0]];
+  if (kind == "undefined") return INT_MAX - values[0] + (values[1] + 1);
+  if (kind == "thread") {
+    std::thread other([&] { values[0] = values[0] + 1; });
+    values[0] = values[0] + 1;
+    other.join();
+  }
+  return values[0];
+}
+#endif
 
 }  // namespace
 
@@ -443,7 +474,7 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<ThreadPool, std::shared_ptr<ThreadPool>>(m, "ThreadPool")
       .def(py::init(&make_pool), arg("cpus"))
-      .def_property_readonly("num_threads", &ThreadPool::num_threads);
+      .def_property_readonly("num_threads", [](const ThreadPool& p) { return p.num_threads(); });
 
   py::class_<BoundPages, std::shared_ptr<BoundPages>>(m, "Pages")
       .def(py::init(&make_pages), array_arg("memory"), arg("row_dtype"), arg("block_size"),
@@ -514,6 +545,10 @@ PYBIND11_MODULE(_C, m) {
         py::kw_only(), arg("scale"), arg("exact_below"), arg("isa"), arg("pool"));
 
   bind_streams(m);
+
+#if defined(MAGICPIG_SANITIZE)
+  m.def("_make_error", &make_error, arg("kind"));
+#endif
 }
 
 }  // namespace magicpig

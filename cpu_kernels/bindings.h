@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <sstream>
 #include <string>
@@ -123,6 +124,35 @@ T* output(const char* name, py::array& array, std::initializer_list<Dim> dims) {
   return static_cast<T*>(array.mutable_data());
 }
 
+/// An array by name: a part of a sentence.
+struct Named {
+  const char* name;
+  const py::array& array;
+};
+
+/// The addresses [first, second) that the elements of an array lie between, whatever its strides.
+inline std::pair<uintptr_t, uintptr_t> extent_of(const py::array& array) {
+  uintptr_t begin = reinterpret_cast<uintptr_t>(array.data());
+  if (array.size() == 0) return {begin, begin};
+  uintptr_t end = begin + static_cast<uintptr_t>(array.itemsize());
+  for (py::ssize_t i = 0; i < array.ndim(); ++i) {
+    const py::ssize_t reach = (array.shape(i) - 1) * array.strides(i);
+    (reach < 0 ? begin : end) += static_cast<uintptr_t>(reach);
+  }
+  return {begin, end};
+}
+
+/// What is written would change what was checked, block numbers and codes among it.
+inline void check_apart(const Named& written, std::initializer_list<Named> others) {
+  const auto [begin, end] = extent_of(written.array);
+  for (const Named& other : others) {
+    const auto [other_begin, other_end] = extent_of(other.array);
+    if (begin < other_end && other_begin < end)
+      refuse(other.name, " shares memory with ", written.name,
+             ", which is written meanwhile; pass a copy.");
+  }
+}
+
 /// Rows of a caller, in any strides but with whole rows contiguous.
 inline RowsView rows_view(const char* name, const py::array& array, const Pages& pages,
                           int64_t num_tokens) {
@@ -158,8 +188,8 @@ inline int check_query_heads(int64_t num_q_heads, const Pages& pages) {
 }
 
 inline float finite_scale(double scale) {
-  if (!std::isfinite(scale))
-    refuse("scale is ", scale, ", but must be finite; pass the model's softmax scale.");
+  if (!(std::abs(scale) <= std::numeric_limits<float>::max()))
+    refuse("scale is ", scale, ", but must be finite in float32; pass the model's softmax scale.");
   return static_cast<float>(scale);
 }
 

@@ -142,6 +142,7 @@ std::shared_ptr<BoundExchange> make_exchange(const py::array& query, const py::a
   };
   e.buffers.key = rows("key", key);
   e.buffers.value = rows("value", value);
+  check_apart({"out", out}, {{"query", query}, {"key", key}, {"value", value}});
   e.arrays = {query, key, value, out};
 
   if (query_codes.has_value() != key_codes.has_value())
@@ -154,6 +155,7 @@ std::shared_ptr<BoundExchange> make_exchange(const py::array& query, const py::a
     e.code_words = query_codes->shape(2);
     e.buffers.key_codes = input<uint16_t>("key_codes", *key_codes,
                                           {max_decodes, num_kv_heads, {"words", e.code_words}});
+    check_apart({"out", out}, {{"query_codes", *query_codes}, {"key_codes", *key_codes}});
     e.arrays.push_back(*query_codes);
     e.arrays.push_back(*key_codes);
   }
@@ -212,6 +214,8 @@ std::unique_ptr<BoundLayer> make_layer(
   if (builder != nullptr && index == nullptr)
     refuse("builder is given without an index, but has nothing to build then; pass None.");
   check_exchange(*exchange, pages->pages, rule != nullptr);
+  for (const py::array& array : exchange->arrays)
+    check_apart({"the memory of the pages", pages->memory}, {{"exchange", array}});
 
   StreamLayer::Parts parts = {};
   parts.pages = &pages->pages;
@@ -291,8 +295,8 @@ void bind_streams(py::module_& m) {
 
   py::class_<HostCallbacks, std::shared_ptr<HostCallbacks>>(m, "HostCallbacks")
       .def(py::init(&make_callbacks), arg("launch_host_func"))
-      .def("raise_error", &HostCallbacks::raise_error)
-      .def_property_readonly("pending", &HostCallbacks::pending);
+      .def("raise_error", [](HostCallbacks& c) { c.raise_error(); })
+      .def_property_readonly("pending", [](const HostCallbacks& c) { return c.pending(); });
 
   py::class_<BoundMetadata, std::shared_ptr<BoundMetadata>>(m, "StreamMetadata")
       .def(py::init<const py::array&, const py::array&, const py::array&>(),
@@ -311,11 +315,13 @@ void bind_streams(py::module_& m) {
 
   py::class_<SegmentBuilder, std::shared_ptr<SegmentBuilder>>(m, "SegmentBuilder")
       .def(py::init(&make_builder), arg("cpus"))
-      .def("ask", &ask, arg("index"), array_arg("block_tables"), array_arg("seq_lens"))
-      .def("drain", &SegmentBuilder::drain, release_gil())
-      .def("close", &SegmentBuilder::close, release_gil())
-      .def("raise_error", &SegmentBuilder::raise_error)
-      .def_property_readonly("pending", &SegmentBuilder::pending);
+      .def("ask", &ask, arg("index").none(false), array_arg("block_tables"), array_arg("seq_lens"))
+      .def(
+          "drain", [](SegmentBuilder& b) { b.drain(); }, release_gil())
+      .def(
+          "close", [](SegmentBuilder& b) { b.close(); }, release_gil())
+      .def("raise_error", [](SegmentBuilder& b) { b.raise_error(); })
+      .def_property_readonly("pending", [](const SegmentBuilder& b) { return b.pending(); });
 
   py::class_<StreamCounters>(m, "StreamCounters")
       .def_readonly("decode_steps", &StreamCounters::decode_steps)

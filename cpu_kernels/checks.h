@@ -45,10 +45,16 @@ inline void check_slot(const Pages& pages, int64_t i, int64_t slot, int64_t lowe
            "; pass slots of this layer's ", pages.num_blocks(), " blocks.");
 }
 
+/// Tokens that blocks have room for, of which a request may hold 2^30 at most: sums of two such
+/// numbers are ints everywhere.
+inline int64_t token_capacity(int64_t num_blocks, int64_t block_size) {
+  return std::min(num_blocks * block_size, int64_t{1} << 30);
+}
+
 /// Blocks that a request's length needs of its max_blocks.
 inline int check_seq_len(const Pages& pages, int64_t row, int64_t max_blocks, int32_t seq_len) {
   const int64_t block_size = pages.layout().block_size;
-  const int64_t capacity = max_blocks * block_size;
+  const int64_t capacity = token_capacity(max_blocks, block_size);
   if (seq_len < 0 || seq_len > capacity)
     refuse("seq_lens[", row, "] is ", seq_len, ", but lies in 0..", capacity, " with ", max_blocks,
            " blocks of ", block_size, "; pass wider block_tables.");

@@ -12,9 +12,9 @@ const char* isa_name(Isa isa) {
     case Isa::avx2:
       return "avx2";
     case Isa::portable:
-      break;
+      return "portable";
   }
-  return "portable";
+  return "unknown";
 }
 
 #if defined(__x86_64__)
@@ -52,9 +52,9 @@ bool isa_available(Isa isa) {
     case Isa::avx2:
       return has_avx2();
     case Isa::portable:
-      break;
+      return true;
   }
-  return true;
+  return false;  // a number that names none
 }
 
 const Kernels& kernels_of(Isa isa) {

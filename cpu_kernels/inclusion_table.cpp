@@ -24,6 +24,12 @@
 namespace magicpig {
 namespace {
 
+/// std::lgamma would write its sign to a global, and tables are made in several threads at once.
+double log_factorial(int n) {
+  int sign;
+  return lgamma_r(n + 1.0, &sign);
+}
+
 double log_add(double a, double b) {
   const double larger = a > b ? a : b;
   if (!std::isfinite(larger)) return larger;
@@ -39,8 +45,7 @@ InclusionTable::InclusionTable(int num_bits, int num_tables)
   const size_t num_t = static_cast<size_t>(num_tables) + 2;
   std::vector<double> log_choose(num_t), upper(num_t), lower(num_t);
   for (int k = 0; k <= num_tables; ++k)
-    log_choose[k] =
-        std::lgamma(num_tables + 1.0) - std::lgamma(k + 1.0) - std::lgamma(num_tables - k + 1.0);
+    log_choose[k] = log_factorial(num_tables) - log_factorial(k) - log_factorial(num_tables - k);
   const double nothing = -std::numeric_limits<double>::infinity();
   for (int i = 0; i <= kIntervals; ++i) {
     const double p = static_cast<double>(i) / kIntervals;

@@ -2,6 +2,8 @@
 
 import os
 
+import sanitized_extension
+
 # Engines run inside the test process (tests/e2e/engines.py), so that a start costs seconds.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,3 +19,5 @@ if worker is not None:
     os.environ.setdefault(
         "VLLM_CPU_OMP_THREADS_BIND", str(cpus[int(worker.removeprefix("gw")) % len(cpus)])
     )
+
+sanitized_extension.load()

@@ -214,7 +214,64 @@ DECODES = [
     ({"center": None}, "2 are given"),
     ({"rule": None, "query_codes": None, "center": None}, "index is given without a rule"),
     ({"scale": float("nan")}, "scale is nan"),
+    ({"scale": 1e300}, r"scale is 1e\+300"),
 ]
+
+
+def view(memory: np.ndarray, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    """An array in memory that is another's, too."""
+    return memory.reshape(-1).view(dtype)[: int(np.prod(shape))].reshape(shape)
+
+
+def store_from_the_pages(name: str) -> None:
+    memory = zeros(6, 2, CHUNK, dtype=np.uint8)
+    views = {
+        "slots": view(memory, (3,), np.int64),
+        "codes": view(memory, (3, 2, 4), np.uint16),
+        "key": view(memory, (17, 2, 16))[16:13:-1],  # any strides: backwards, too
+        "value": view(memory, (17, 2, 16))[::8],
+    }
+    pages, change = make_pages(memory=memory), {name: views[name]}
+    if name == "codes":
+        pages.store_codes(**change, slots=np.arange(3), pool=pool())
+    else:
+        rows = {"key": zeros(3, 2, 16), "value": zeros(3, 2, 16), "slots": np.arange(3)}
+        pages.store_rows(**{**rows, **change}, pool=pool())
+
+
+def decode_into_the_pages() -> None:
+    memory = zeros(6, 2, CHUNK, dtype=np.uint8)
+    nothing = {"index": None, "table": None, "query_codes": None, "center": None}
+    decode(pages=make_pages(memory=memory), out=view(memory, (2, 4, 16)), **nothing)
+
+
+SHARED = zeros(2, 4, 16)
+# Block numbers, lengths, codes and slots index memory: nothing may change them once they are checked.
+OVERLAPS = [
+    *(
+        (decode, {written: view(SHARED, shape), name: view(SHARED, *other)}, f"{name} shares")
+        for written, shape in (("out", (2, 4, 16)), ("lse", (2, 4)))
+        for name, other in {
+            "query": ((2, 4, 16),),
+            "query_codes": ((2, 4, 4), np.uint16),
+            "center": ((2, 16),),
+            "block_tables": ((2, 4), np.int32),
+            "seq_lens": ((2,), np.int32),
+        }.items()
+    ),
+    (decode, {"out": SHARED, "lse": view(SHARED, (2, 4))}, "out shares memory with lse"),
+    (decode_into_the_pages, {}, "the memory of the pages shares memory with out"),
+    *(
+        (store_from_the_pages, {"name": n}, f"{n} shares")
+        for n in ("key", "value", "slots", "codes")
+    ),
+]
+LONG_BLOCK = make_pages(
+    memory=zeros(1, 1, _C.Pages.chunk_bytes("float32", 65536, 16, 4), dtype=np.uint8),
+    block_size=65536,
+)
+LONG = _C.LshIndex(LONG_BLOCK, 3, [65536])
+LONG_TABLE = zeros(1, 65536, dtype=np.int32)
 OTHERS = [
     (lambda: _C.resolve_isa("avx1024"), {}, '"avx1024".*auto, portable'),
     (lambda: _C.LshIndex(PAGES, 0, [32]), {}, "num_bits is 0"),
@@ -251,6 +308,13 @@ OTHERS = [
     (lambda: Rule(window_tokens=-1).native(3, 4), {}, "window_tokens is -1"),
     (lambda: Rule(row_budget=1.01).native(3, 4), {}, "row_budget is 1.01"),
     (lambda: Rule(row_budget=float("nan")).native(3, 4), {}, "row_budget is nan"),
+    (lambda: len(LONG.find(LONG_TABLE[0], 1 << 31)), {}, "num_tokens is 2147483648"),
+    (
+        lambda: LONG.seal(LONG_TABLE, np.array([2**31 - 1], np.int32), pool()),
+        {},
+        r"seq_lens\[0\] is 2147483647, .*0\.\.1073741824",
+    ),
+    (lambda: _C.pack_codes(zeros(2, 8), 4, _C.Isa(99), pool()), {}, "isa is unknown"),
     (lambda: _C.pack_codes(zeros(2, 9), 4, ISA, pool()), {}, "projections has 9 columns"),
     (lambda: _C.pack_codes(zeros(2, 0), 4, ISA, pool()), {}, "num_tables is 0"),
     (lambda: _C.pack_codes(zeros(2, 256), 1, ISA, pool()), {}, "num_tables is 256"),
@@ -263,6 +327,7 @@ BAD = [
     *((call, change, text) for call in (seal, sample, decode) for change, text in BATCHES),
     *((call, change, text) for call in (sample, decode) for change, text in RULES),
     *((decode, change, text) for change, text in DECODES),
+    *OVERLAPS,
     *OTHERS,
 ]
 
@@ -303,6 +368,23 @@ def test_lists_are_not_taken_for_arrays() -> None:
     """They would be copied, and what is written into a copy is lost."""
     with pytest.raises(TypeError):
         decode(out=zeros(2, 4, 16).tolist())
+
+
+NONES = [
+    lambda: _C.LshIndex(None, 3, [32]),  # type: ignore[arg-type]
+    lambda: _C.ThreadPool.num_threads.fget(None),  # type: ignore[attr-defined]
+    lambda: _C.Pages.written_blocks(None),  # type: ignore[arg-type]
+    (lambda: decode(pages=None)),
+    (lambda: sample(pool=None)),
+    (lambda: sample(isa=None)),
+]
+
+
+@pytest.mark.parametrize("call", NONES)
+def test_none_is_not_taken_for_an_object(call: Callable[[], Any]) -> None:
+    """pybind11 would pass a null pointer."""
+    with pytest.raises(TypeError):
+        call()
 
 
 def test_the_isa_has_its_names() -> None:

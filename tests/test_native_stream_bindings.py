@@ -165,6 +165,27 @@ EXCHANGES = [
     ({"query_codes": zeros(3, 4, 4, dtype=np.int32)}, "query_codes is int32"),
     ({"key_codes": zeros(3, 2, 5, dtype=np.uint16)}, r"key_codes has shape .*words = 4"),
 ]
+OUT = zeros(3, 4, 16)
+SHARED = [
+    ({"out": OUT, name: OUT.reshape(-1).view(dtype)[: np.prod(shape)].reshape(shape)}, name)
+    for name, shape, dtype in (
+        ("query", (3, 4, 16), np.float32),
+        ("key", (3, 2, 16), np.float32),
+        ("value", (3, 2, 16), np.float32),
+        ("query_codes", (3, 4, 4), np.uint16),
+        ("key_codes", (3, 2, 4), np.uint16),
+    )
+]
+
+
+def layer_whose_exchange_is_in_the_pages() -> None:
+    memory = zeros(6, 2, _C.Pages.chunk_bytes("float32", 32, 16, 4), dtype=np.uint8)
+    out = memory.reshape(-1)[: OUT.nbytes].view(np.float32).reshape(OUT.shape)
+    exact_layer(
+        pages=_C.Pages(memory, "float32", 32, 16, 4), exchange=exchange(out=out, **NO_CODES)
+    )
+
+
 LAYERS = [
     ({"rule": None}, "index is given without a rule"),
     ({"index": None, "builder": _C.SegmentBuilder(CPUS[:1])}, "builder is given without an index"),
@@ -186,6 +207,7 @@ EXACT_LAYERS = [
     ),
 ]
 OTHERS = [
+    (layer_whose_exchange_is_in_the_pages, {}, "exchange shares memory with the memory of the"),
     (lambda: _C.HostCallbacks(0), {}, "launch_host_func is 0"),
     (lambda: layer().set_center(zeros(1, 16)), {}, r"center has shape \(1, 16\)"),
     (lambda: layer().set_center(zeros(2, 16, dtype=np.float64)), {}, "center is float64"),
@@ -198,6 +220,7 @@ BAD = [
     *((step, change, text) for change, text in STEPS),
     *((metadata, change, text) for change, text in METADATA),
     *((exchange, change, text) for change, text in EXCHANGES),
+    *((exchange, change, f"{name} shares memory with out") for change, name in SHARED),
     *((layer, change, text) for change, text in LAYERS),
     *((exact_layer, change, text) for change, text in EXACT_LAYERS),
     *OTHERS,
@@ -226,3 +249,19 @@ def test_lists_are_not_taken_for_arrays() -> None:
 def test_a_stream_is_a_handle() -> None:
     with pytest.raises(TypeError):
         layer().launch_decode(-1, step())
+
+
+def test_none_is_not_taken_for_self() -> None:
+    """pybind11 would pass a null pointer to a member function."""
+    for function in (
+        _C.HostCallbacks.raise_error,
+        _C.HostCallbacks.pending.fget,  # type: ignore[attr-defined]
+        _C.SegmentBuilder.drain,
+        _C.SegmentBuilder.raise_error,
+        _C.SegmentBuilder.pending.fget,  # type: ignore[attr-defined]
+        _C.DecodeExchange.max_decodes.fget,  # type: ignore[attr-defined]
+        _C.StreamCounters.step_ns.fget,  # type: ignore[attr-defined]
+        _C.StreamLayer.recent_rows,
+    ):
+        with pytest.raises(TypeError):
+            function(None)
