@@ -241,7 +241,7 @@ def store_from_the_pages(name: str) -> None:
 
 def decode_into_the_pages() -> None:
     memory = zeros(6, 2, CHUNK, dtype=np.uint8)
-    nothing = {"index": None, "table": None, "query_codes": None, "center": None}
+    nothing = {"rule": None, "index": None, "query_codes": None, "center": None}
     decode(pages=make_pages(memory=memory), out=view(memory, (2, 4, 16)), **nothing)
 
 
