@@ -20,7 +20,7 @@ class Busy:
     what is queued behind it: segments no larger than any other, so that their turn comes first, with
     offsets of 255 tables by 2**num_bits buckets."""
 
-    num_segments = 36
+    num_segments = 160
 
     def __init__(self, driver: FakeDriver, builder: _C.SegmentBuilder, num_bits: int = 15) -> None:
         self.world = world = World(

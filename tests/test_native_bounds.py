@@ -10,9 +10,9 @@ import mmap
 
 import numpy as np
 import pytest
-from native_helpers import Layer, Rule, each_isa, pool
+from native_helpers import Layer, Rule, each_isa, inclusion_table, pool
 
-from vllm_magicpig import _C
+from vllm_magicpig import _C, reference
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -53,9 +53,6 @@ def test_rows_and_queries(isa: _C.Isa, dtype: str, head_size: int, group: int) -
         out,
         lse,
         scale=1.0,
-        min_matches=1,
-        sink_tokens=0,
-        window_tokens=0,
         exact_below=0,
         isa=isa,
         pool=pool(),
@@ -72,13 +69,13 @@ def test_center_and_codes(isa: _C.Isa, head_size: int) -> None:
     layer.memory[...] = 0
     memory = at_the_edge(layer.memory[..., :-2])
     pages = _C.Pages(memory, "float32", 32, head_size, 3)
-    index = _C.LshIndex(pages, 3, 32)
+    index = _C.LshIndex(pages, 3, [32])
     pages.note_writes(np.arange(32))
     out, lse = np.full((1, 1, head_size), np.nan, np.float32), np.full((1, 1), np.nan, np.float32)
     rows, _, _ = _C.decode_attention(
         pages,
+        Rule(2, 0, 0).native(3, 3),
         index,
-        _C.InclusionTable(3, 3, 2),
         at_the_edge(np.ones((1, 1, head_size), np.float32)),
         at_the_edge(np.zeros((1, 1, 3), np.uint16)),
         at_the_edge(np.ones((1, head_size), np.float32)),
@@ -90,7 +87,6 @@ def test_center_and_codes(isa: _C.Isa, head_size: int) -> None:
         exact_below=0,
         isa=isa,
         pool=pool(),
-        **Rule(2, 0, 0).native(),
     )
     assert rows.tolist() == [[32]]
     assert np.abs(out).max() == 0
@@ -102,4 +98,33 @@ def test_projections(isa: _C.Isa) -> None:
         x = at_the_edge(np.ones((3, num_signs), np.float32))
         assert (_C.pack_codes(x, 1, isa, pool()) == 1).all()
         cosine = at_the_edge(np.ones(num_signs, np.float32))
-        assert np.abs(_C.InclusionTable(3, 3, 2).log_u(cosine, isa)).max() < 1e-5
+        assert np.abs(inclusion_table(3, 3).log_u(cosine, 2, 1.0, isa)).max() < 1e-5
+
+
+@each_isa
+@pytest.mark.parametrize("head_size", [16, 24, 40, 80, 248])
+@pytest.mark.parametrize("setting", [(10, 150), (1, 256)], ids=str)
+def test_hashed_vectors(isa: _C.Isa, head_size: int, setting: tuple[int, int]) -> None:
+    num_bits, num_tables = setting
+    signs = reference.hadamard_signs(head_size, num_tables, num_bits, seed=0).numpy()
+    simhash = _C.SimHash(at_the_edge(signs), head_size, num_bits, num_tables)
+    vectors = at_the_edge(np.ones((3, 7, head_size), np.float32))
+    center = at_the_edge(np.ones((7, head_size), np.float32))
+    assert (simhash.hash(vectors, center, isa, pool()) == 0).all()
+
+
+@each_isa
+@pytest.mark.parametrize("num_tables", [16, 128, 256])
+def test_signatures(isa: _C.Isa, num_tables: int) -> None:
+    """What is fetched ahead lies in the pages, too."""
+    words = num_tables // 16
+    chunk = _C.Pages.chunk_bytes("float32", 32, 16, words)
+    pages = _C.Pages(at_the_edge(np.zeros((2, 1, chunk), np.uint8)), "float32", 32, 16, words)
+    rule = Rule(2, 0, 0, row_budget=0.5).native(1, num_tables)
+    codes = at_the_edge(np.zeros((1, 3, words), np.uint16))
+    (heads,) = _C.sample(
+        *(pages, rule, None, codes, np.array([[0, 1]], np.int32), np.array([64], np.int32)),
+        isa=isa,
+        pool=pool(),
+    )
+    assert [len(positions) for positions, _, _ in heads] == [32] * 3

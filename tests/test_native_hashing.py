@@ -103,3 +103,55 @@ def test_ragged_lengths_are_cut_from_one_result(isa: _C.Isa) -> None:
     whole = table.log_u(cosine, 2, 1.0, isa)
     for size in (0, 1, 7, 8, 9, 15, 17, 127, 128, 129):
         np.testing.assert_array_equal(table.log_u(cosine[:size].copy(), 2, 1.0, isa), whole[:size])
+
+
+@each_isa
+@pytest.mark.parametrize(
+    "setting", [(10, 150), (15, 3), (9, 129), (3, 255), (1, 16), (1, 256)], ids=str
+)
+@pytest.mark.parametrize("head_size", [16, 72, 128, 136, 256])
+def test_transforms_hash_as_the_hyperplanes_do(
+    isa: _C.Isa, head_size: int, setting: tuple[int, int]
+) -> None:
+    """Bit for bit, but where a projection is within its rounding of zero: each of 4 log2(size) stages,
+    all of them rotations but for their scale, rounds by at most 2**-24 of the vector's norm."""
+    num_bits, num_tables = setting
+    plane = (head_size, num_tables, num_bits, 7)
+    signs = reference.hadamard_signs(*plane)
+    size = signs.shape[1]
+    simhash = _C.SimHash(signs.numpy(), head_size, num_bits, num_tables)
+    generator = torch.Generator().manual_seed(head_size)
+    vectors = torch.randn(37, 3, head_size, generator=generator)
+    vectors[0] = 0
+    center = torch.randn(3, head_size, generator=generator)
+    word_bits = 16 if num_bits == 1 else num_bits
+    directions = reference.hyperplanes(*plane)
+    for mean in (None, center):
+        codes = simhash.hash(
+            vectors.numpy(), None if mean is None else mean.numpy(), isa, pool()
+        ).astype(np.int64)
+        x = vectors if mean is None else vectors - mean
+        projections = x.double() @ directions.double()
+        expected = (projections > 0).numpy()
+        found = (codes[..., None] >> np.arange(word_bits) & 1).astype(bool).reshape(expected.shape)
+        # `directions` are the transforms over size: the same units.
+        norms = x.double().norm(dim=-1, keepdim=True)
+        margin = 4 * math.log2(size) * 2**-24 * size * norms
+        doubtful = (projections.abs() <= margin).numpy()
+        assert doubtful[1:].mean() < 1e-3
+        np.testing.assert_array_equal(found | doubtful, expected | doubtful)
+
+
+@each_isa
+def test_any_number_of_vectors_hashes_alike(isa: _C.Isa) -> None:
+    """Whole tasks and lanes or not; each vector with the centre of its own head."""
+    signs = reference.hadamard_signs(24, 40, 4, seed=1).numpy()
+    simhash = _C.SimHash(signs, 24, 4, 40)
+    vectors = np.random.default_rng(0).normal(size=(700, 3, 24)).astype(np.float32)
+    center = np.random.default_rng(1).normal(size=(3, 24)).astype(np.float32)
+    whole = simhash.hash(vectors, center, isa, pool())
+    for n in (0, 1, 5, 6, 11, 341, 342, 700):
+        np.testing.assert_array_equal(
+            simhash.hash(vectors[:n].copy(), center, isa, pool()), whole[:n]
+        )
+    np.testing.assert_array_equal(simhash.hash(vectors - center, None, isa, pool()), whole)
