@@ -145,6 +145,10 @@ def test_what_is_asked_for_adds_up(driver: FakeDriver) -> None:
     assert world.layers[0].layer.index.segments_built == 3
 
 
+def _has(found: list[tuple[int, int]], size: int) -> bool:
+    return any(end - begin == size for begin, end in found)
+
+
 def test_small_segments_first_then_layer_by_layer(driver: FakeDriver) -> None:
     """One by one, behind others: the tails of both layers, then the large segments of both."""
     builder = _C.SegmentBuilder(CPUS[:1])
@@ -156,13 +160,11 @@ def test_small_segments_first_then_layer_by_layer(driver: FakeDriver) -> None:
         builder.ask(layer.index, tables, lens)
     orders = set()
     while builder.pending:
-        found = tuple(tuple(layer.index.find(tables[0], 700)) for layer in layers)
-        orders.add((len(found[0]), len(found[1])))
-        small = [any(end - begin == 64 for begin, end in f) for f in found]
-        large = [any(end - begin == 256 for begin, end in f) for f in found]
-        # The second is looked at later, so that it may be further than the first was.
-        assert not large[0] or small[1]
-        assert not small[1] or len(found[0]) > 0
+        # What is looked at later may be further, so the second is looked at before and after.
+        earlier, first, later = (layers[i].index.find(tables[0], 700) for i in (1, 0, 1))
+        orders.add((len(first), len(later)))
+        assert not _has(first, 256) or _has(later, 64)
+        assert not _has(earlier, 64) or len(first) > 0
     for layer in layers:
         assert layer.index.find(tables[0], 700) == [(0, 256), (256, 512), (512, 576), (576, 640)]
     assert len(orders) > 2, "they were not looked at while the builder worked"

@@ -181,9 +181,12 @@ def test_only_a_few_rows_are_read(sampled: Answers) -> None:
 
 
 def test_a_shared_prefix_is_indexed_once(sampled: Answers) -> None:
-    """30 questions share 8,192 tokens: their segment is built once and found 29 times."""
+    """30 questions share 8,192 tokens: their segment is found 29 times and not built again.
+
+    The first 4,096 get one of their own while the rest is prefilled, if the builder is that quick.
+    """
     stats = sampled.stats[f"chains {CHAIN_LENGTHS[0]}"]
-    assert stats["segments_built"] == 1
+    assert stats["segments_built"] in (1, 2)
     assert stats["segments_reused"] == NUM_QUESTIONS - 1
     assert stats["builds_refused"] == 0
 
