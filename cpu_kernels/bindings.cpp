@@ -7,6 +7,9 @@
 
 #include <optional>
 #include <thread>
+#include <variant>
+
+#include "bindings_rows.h"
 
 namespace magicpig {
 
@@ -81,10 +84,9 @@ PageLayout layout_of(const std::string& row_dtype, int64_t block_size, int64_t h
     refuse("block_size is ", block_size,
            ", but must be a multiple of 32 up to 65536; set "
            "--block-size to one.");
-  if (head_size < 16 || head_size > 256 || head_size % 8 != 0)
-    refuse("head_size is ", head_size,
-           ", but must be a multiple of 8 in 16..256; use another "
-           "backend for this model.");
+  if (head_size < 16 || head_size > kMaxHeadSize || head_size % 8 != 0)
+    refuse("head_size is ", head_size, ", but must be a multiple of 8 in 16..", kMaxHeadSize,
+           "; use another backend for this model.");
   layout.block_size = static_cast<int>(block_size);
   layout.head_size = static_cast<int>(head_size);
   layout.code_words = in_range("code_words", code_words, 0, kMaxTables);
@@ -356,6 +358,20 @@ const LshIndex* index_of(const BoundIndex* index, const BoundPages& pages) {
   return &index->index;
 }
 
+/// Codes, or what makes them of the queries.
+using QueryCodes = std::optional<std::variant<const SimHash*, py::array>>;
+
+/// That the hash makes the codes of these pages and of the rule.
+void check_hash(const SimHash& hash, const SampleRule& rule, const Pages& pages) {
+  const InclusionTable& table = *rule.table;
+  if (hash.head_size() != pages.layout().head_size || hash.code_words() != table.code_words() ||
+      hash.word_bits() != table.word_bits())
+    refuse("query_codes is a hash of vectors of ", hash.head_size(), " elements into ",
+           hash.code_words(), " words of ", hash.word_bits(), " bits, but ",
+           pages.layout().head_size, " elements, ", table.code_words(), " words and ",
+           table.word_bits(), " bits are needed; pass the hash of these keys.");
+}
+
 /// Per request and query head (positions, matches of the threshold, fraction).
 std::vector<std::vector<py::tuple>> sample_arrays(const BoundPages& pages, const BoundRule& rule,
                                                   const BoundIndex* index,
@@ -389,17 +405,18 @@ std::vector<std::vector<py::tuple>> sample_arrays(const BoundPages& pages, const
 }
 
 py::tuple decode(const BoundPages& pages, const BoundRule* rule, const BoundIndex* index,
-                 const py::array& query, const std::optional<py::array>& query_codes,
+                 py::handle query, const QueryCodes& query_codes,
                  const std::optional<py::array>& center, const py::array& block_tables,
-                 const py::array& seq_lens, py::array& out, py::array& lse, double scale,
-                 int64_t exact_below, Isa isa, ThreadPool& pool) {
+                 const py::array& seq_lens, py::handle out, std::optional<py::array>& lse,
+                 double scale, int64_t exact_below, Isa isa, ThreadPool& pool) {
   check_isa(isa);
   const Requests requests = requests_of(pages.pages, block_tables, seq_lens);
   const int head_size = pages.pages.layout().head_size;
   DecodeInput in = {};
-  in.query = input<float>("query", query,
-                          {{"num_reqs", requests.size}, {"num_q_heads"}, {"head_size", head_size}});
-  in.num_q_heads = check_query_heads(query.shape(1), pages.pages);
+  const RowsArgument queries = rows_argument("query", query, pages.pages, requests.size, -1);
+  in.query = queries.view();
+  in.query_type = queries.type;
+  in.num_q_heads = check_query_heads(queries.shape[1], pages.pages);
   in.scale = finite_scale(scale);
   in.exact_below = token_count("exact_below", exact_below);
 
@@ -410,30 +427,44 @@ py::tuple decode(const BoundPages& pages, const BoundRule* rule, const BoundInde
   if (given == 0 && index != nullptr)
     refuse("index is given without a rule, but exact attention reads none; pass both or None.");
   SampleInput sample = {};
+  const py::array* codes = nullptr;
   if (given == 3) {
     sample.rule = &rule->rule;
     sample.index = index_of(index, pages);
     check_rule(rule->rule, pages.pages, sample.index);
-    sample.query_codes = query_codes_of(rule->rule, *query_codes, requests.size, in.num_q_heads);
+    if (const auto* hash = std::get_if<const SimHash*>(&*query_codes)) {
+      in.hash = *hash;
+      check_hash(*in.hash, rule->rule, pages.pages);
+    } else {
+      codes = &std::get<py::array>(*query_codes);
+      sample.query_codes = query_codes_of(rule->rule, *codes, requests.size, in.num_q_heads);
+    }
     in.sample = &sample;
     in.center =
         input<float>("center", *center,
                      {{"num_kv_heads", pages.pages.num_kv_heads()}, {"head_size", head_size}});
   }
 
-  DecodeOutput result;
-  result.out = output<float>(
-      "out", out,
-      {{"num_reqs", requests.size}, {"num_q_heads", in.num_q_heads}, {"head_size", head_size}});
-  result.lse =
-      output<float>("lse", lse, {{"num_reqs", requests.size}, {"num_q_heads", in.num_q_heads}});
-  check_apart({"lse", lse}, {{"out", out}});
-  for (const Named& written : {Named{"out", out}, Named{"lse", lse}}) {
-    check_apart(written, {{"query", query},
-                          {"block_tables", block_tables},
-                          {"seq_lens", seq_lens},
-                          {"the memory of the pages", pages.memory}});
-    if (given == 3) check_apart(written, {{"query_codes", *query_codes}, {"center", *center}});
+  DecodeOutput result = {};
+  const RowsArgument outputs =
+      rows_argument("out", out, pages.pages, requests.size, in.num_q_heads);
+  check_output(outputs);
+  result.out = outputs.data;
+  result.out_type = outputs.type;
+  std::vector<Named> written = {{"out", outputs.extent()}};
+  if (lse.has_value()) {
+    result.lse = output<float>("lse", *lse,
+                               {{"num_reqs", requests.size}, {"num_q_heads", in.num_q_heads}});
+    check_apart(written[0], {{"lse", *lse}});
+    written.push_back({"lse", *lse});
+  }
+  for (const Named& one : written) {
+    check_apart(one, {{"query", queries.extent()},
+                      {"block_tables", block_tables},
+                      {"seq_lens", seq_lens},
+                      {"the memory of the pages", pages.memory}});
+    if (given == 3) check_apart(one, {{"center", *center}});
+    if (codes != nullptr) check_apart(one, {{"query_codes", *codes}});
   }
   py::array_t<int32_t> rows({requests.size, in.num_q_heads});
   result.sampled_rows = rows.mutable_data();
@@ -441,7 +472,7 @@ py::tuple decode(const BoundPages& pages, const BoundRule* rule, const BoundInde
     py::gil_scoped_release release;
     decode_attention(pages.pages, requests, in, result, isa, pool);
   }
-  return py::make_tuple(rows, result.lookup_ns, result.attention_ns);
+  return py::make_tuple(rows, result.hash_ns, result.lookup_ns, result.attention_ns);
 }
 
 #if defined(MAGICPIG_SANITIZE)
@@ -540,8 +571,9 @@ PYBIND11_MODULE(_C, m) {
         arg("isa"), arg("pool"));
 
   m.def("decode_attention", &decode, arg("pages"), arg("rule").none(true), arg("index").none(true),
-        array_arg("query"), array_arg("query_codes").none(true), array_arg("center").none(true),
-        array_arg("block_tables"), array_arg("seq_lens"), array_arg("out"), array_arg("lse"),
+        arg("query"), arg("query_codes").noconvert().none(true), array_arg("center").none(true),
+        array_arg("block_tables"), array_arg("seq_lens"), arg("out"),
+        array_arg("lse").none(true),
         py::kw_only(), arg("scale"), arg("exact_below"), arg("isa"), arg("pool"));
 
   bind_streams(m);

@@ -71,17 +71,21 @@ struct Dim {
   int64_t size = -1;
 };
 
-inline std::string shape_text(const py::array& array) {
+inline std::string shape_text(const py::ssize_t* shape, py::ssize_t ndim) {
   std::ostringstream text;
   text << '(';
-  for (py::ssize_t i = 0; i < array.ndim(); ++i) text << (i ? ", " : "") << array.shape(i);
+  for (py::ssize_t i = 0; i < ndim; ++i) text << (i ? ", " : "") << shape[i];
   text << ')';
   return text.str();
 }
+inline std::string shape_text(const py::array& array) {
+  return shape_text(array.shape(), array.ndim());
+}
 
-inline void check_shape(const char* name, const py::array& array, std::initializer_list<Dim> dims) {
+inline void check_shape(const char* name, const py::ssize_t* shape, py::ssize_t ndim,
+                        std::initializer_list<Dim> dims) {
   const bool fits =
-      std::equal(dims.begin(), dims.end(), array.shape(), array.shape() + array.ndim(),
+      std::equal(dims.begin(), dims.end(), shape, shape + ndim,
                  [](const Dim& dim, py::ssize_t size) { return dim.size < 0 || dim.size == size; });
   if (fits) return;
   std::ostringstream wanted;
@@ -91,8 +95,11 @@ inline void check_shape(const char* name, const py::array& array, std::initializ
     if (dim.size >= 0) wanted << " = " << dim.size;
     comma = ", ";
   }
-  refuse(name, " has shape ", shape_text(array), ", but [", wanted.str(),
+  refuse(name, " has shape ", shape_text(shape, ndim), ", but [", wanted.str(),
          "] is needed; reshape it.");
+}
+inline void check_shape(const char* name, const py::array& array, std::initializer_list<Dim> dims) {
+  check_shape(name, array.shape(), array.ndim(), dims);
 }
 
 template <class T>
@@ -124,36 +131,46 @@ T* output(const char* name, py::array& array, std::initializer_list<Dim> dims) {
   return static_cast<T*>(array.mutable_data());
 }
 
-/// An array by name: a part of a sentence.
-struct Named {
-  const char* name;
-  const py::array& array;
+/// The addresses [begin, end) that the elements of an array lie between, whatever its strides.
+struct Extent {
+  uintptr_t begin, end;
 };
 
-/// The addresses [first, second) that the elements of an array lie between, whatever its strides.
-inline std::pair<uintptr_t, uintptr_t> extent_of(const py::array& array) {
-  uintptr_t begin = reinterpret_cast<uintptr_t>(array.data());
-  if (array.size() == 0) return {begin, begin};
-  uintptr_t end = begin + static_cast<uintptr_t>(array.itemsize());
-  for (py::ssize_t i = 0; i < array.ndim(); ++i) {
-    const py::ssize_t reach = (array.shape(i) - 1) * array.strides(i);
-    (reach < 0 ? begin : end) += static_cast<uintptr_t>(reach);
+template <class Shape, class Strides>
+Extent extent_of(const void* data, py::ssize_t itemsize, py::ssize_t ndim, const Shape& shape,
+                 const Strides& strides) {
+  const uintptr_t first = reinterpret_cast<uintptr_t>(data);
+  Extent extent = {first, first + static_cast<uintptr_t>(itemsize)};
+  for (py::ssize_t i = 0; i < ndim; ++i) {
+    if (shape[i] == 0) return {first, first};
+    const py::ssize_t reach = (shape[i] - 1) * strides[i];
+    (reach < 0 ? extent.begin : extent.end) += static_cast<uintptr_t>(reach);
   }
-  return {begin, end};
+  return extent;
 }
+
+/// Memory by name: a part of a sentence.
+struct Named {
+  const char* name;
+  Extent extent;
+
+  Named(const char* name_, Extent extent_) : name(name_), extent(extent_) {}
+  Named(const char* name_, const py::array& array)
+      : name(name_),
+        extent(extent_of(array.data(), array.itemsize(), array.ndim(), array.shape(),
+                         array.strides())) {}
+};
 
 /// What is written would change what was checked, block numbers and codes among it.
 inline void check_apart(const Named& written, std::initializer_list<Named> others) {
-  const auto [begin, end] = extent_of(written.array);
   for (const Named& other : others) {
-    const auto [other_begin, other_end] = extent_of(other.array);
-    if (begin < other_end && other_begin < end)
+    if (written.extent.begin < other.extent.end && other.extent.begin < written.extent.end)
       refuse(other.name, " shares memory with ", written.name,
              ", which is written meanwhile; pass a copy.");
   }
 }
 
-/// Rows of a caller, in any strides but with whole rows contiguous.
+/// Keys or values, in any strides but with whole rows contiguous.
 inline RowsView rows_view(const char* name, const py::array& array, const Pages& pages,
                           int64_t num_tokens) {
   check_shape(name, array,

@@ -196,7 +196,7 @@ void check_exchange(const BoundExchange& exchange, const Pages& pages, bool samp
            "; make one for this layer.");
   if (exchange.float32_rows != (layout.row_type == RowType::float32))
     refuse("exchange has rows of ", exchange.float32_rows ? 4 : 2,
-           "-byte elements, but the pages of ", layout.element_bytes(),
+           "-byte elements, but the pages of ", element_bytes(layout.row_type),
            "; make it of the pages' row dtype.");
   if (sampled && exchange.code_words != layout.code_words)
     refuse("exchange has codes of ", exchange.code_words, " words, but the pages of ",

@@ -1,5 +1,5 @@
-// One decode step: what each query head attends to, how that is split into tasks, and how their
-// results are merged.
+// One decode step: queries as floats and as codes, what each query head attends to, how that is
+// split into tasks, and how their results are merged.
 //
 // A task is (request, kv head, part). Parts depend on the request alone and their results merge in
 // one order, so that the output is the same for any number of threads, and any batch.
@@ -8,6 +8,7 @@
 #include <cmath>
 #include <limits>
 
+#include "elements.h"
 #include "sample_lookup.h"
 
 namespace magicpig {
@@ -115,6 +116,7 @@ class Step {
         requests_(requests),
         input_(input),
         output_(output),
+        isa_(isa),
         kernels_(kernels_of(isa)),
         workspace_(workspace),
         group_(input.num_q_heads / pages.num_kv_heads()),
@@ -128,6 +130,7 @@ class Step {
         for (int part = 0; part < plans_.back().num_parts(); ++part)
           tasks_.push_back({r, head, part});
     }
+    read_queries();
     partials_ = workspace.arena.take<Partial>(num_parts * group_);
     acc_ = workspace.arena.take<float>(num_parts * group_ * head_size_);
     const size_t groups = static_cast<size_t>(requests.size * pages.num_kv_heads());
@@ -139,6 +142,7 @@ class Step {
 
   void run(ThreadPool& pool) {
     if (input_.sample != nullptr) {
+      hash(pool);
       look_up(pool);
       weigh();
     }
@@ -173,11 +177,41 @@ class Step {
            group_;
   }
 
+  void read_queries() {
+    const size_t heads = static_cast<size_t>(input_.num_q_heads);
+    queries_ = workspace_.arena.take<float>(plans_.size() * heads * head_size_);
+    for (size_t i = 0; i < plans_.size() * heads; ++i)
+      to_float(input_.query_type,
+               input_.query.bytes + static_cast<ptrdiff_t>(i / heads) * input_.query.token_stride +
+                   static_cast<ptrdiff_t>(i % heads) * input_.query.head_stride,
+               head_size_, queries_ + i * head_size_);
+  }
+
+  /// The queries' codes, where they are not given. Its threads are awake when the lookup starts.
+  void hash(ThreadPool& pool) {
+    sample_ = *input_.sample;
+    if (input_.hash == nullptr) return;
+    const Clock::time_point start = Clock::now();
+    const size_t heads = static_cast<size_t>(input_.num_q_heads);
+    const size_t num_vectors = plans_.size() * heads;
+    uint16_t* codes = workspace_.arena.take<uint16_t>(
+        num_vectors * static_cast<size_t>(input_.hash->code_words()));
+    if (num_vectors > 0)
+      input_.hash->hash(queries_, num_vectors, nullptr, heads, codes, isa_, pool);
+    sample_.query_codes = codes;
+    output_.hash_ns = nanoseconds_since(start);
+  }
+
+  static uint64_t nanoseconds_since(Clock::time_point start) {
+    return static_cast<uint64_t>(
+        std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count());
+  }
+
   void look_up(ThreadPool& pool) {
     std::vector<TokenRange> middles;
     for (const Plan& plan : plans_) middles.push_back(plan.middle);
     lookup_ = std::make_unique<Lookup>(pages_, requests_, middles, input_.num_q_heads,
-                                       *input_.sample, kernels_);
+                                       sample_, kernels_);
     lookup_->run(pool, workspace_.lookup);
     output_.unsealed_stretches = lookup_->unsealed_stretches();
   }
@@ -188,7 +222,7 @@ class Step {
     weightings_.reserve(plans_.size() * static_cast<size_t>(input_.num_q_heads));
     for (size_t r = 0; r < plans_.size(); ++r)
       for (int head = 0; head < input_.num_q_heads; ++head) {
-        const float* query = input_.query + weightings_.size() * head_size_;
+        const float* query = queries_ + weightings_.size() * head_size_;
         const float* center = input_.center + static_cast<size_t>(head) / group_ * head_size_;
         double norm = 0.0, dot = 0.0;
         for (size_t d = 0; d < head_size_; ++d) {
@@ -219,8 +253,7 @@ class Step {
       for (size_t head = 0; head < group_; ++head)
         attend_sampled(task, head, partials[head], acc + head * head_size_, scratch);
     }
-    scratch.attention_ns += static_cast<uint64_t>(
-        std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count());
+    scratch.attention_ns += nanoseconds_since(start);
   }
 
   /// The whole group over a run of the static rows.
@@ -280,8 +313,7 @@ class Step {
     args.row_type = pages_.layout().row_type;
     args.head_size = pages_.layout().head_size;
     args.scale = input_.scale;
-    args.queries =
-        input_.query + (first_query_head(task.request, task.kv_head) + head) * head_size_;
+    args.queries = queries_ + (first_query_head(task.request, task.kv_head) + head) * head_size_;
     return args;
   }
 
@@ -289,6 +321,7 @@ class Step {
   void merge(int request, int kv_head) {
     const Plan& plan = plans_[request];
     const size_t first = partial_index({request, kv_head, 0});
+    alignas(64) float out[kMaxHeadSize];
     for (size_t head = 0; head < group_; ++head) {
       const size_t query_head = first_query_head(request, kv_head) + head;
       float max = kNoMax;
@@ -298,7 +331,6 @@ class Step {
         max = std::max(max, partial.softmax.max);
         rows += partial.rows;
       }
-      float* out = output_.out + query_head * head_size_;
       std::fill(out, out + head_size_, 0.0f);
       float sum = 0.0f;
       for (int part = 0; part < plan.num_parts(); ++part) {
@@ -313,8 +345,11 @@ class Step {
       const bool empty = sum == 0.0f;
       const float inverse = empty ? 0.0f : 1.0f / sum;
       for (size_t d = 0; d < head_size_; ++d) out[d] *= inverse;
-      output_.lse[query_head] =
-          empty ? -std::numeric_limits<float>::infinity() : max + std::log(sum);
+      from_float(output_.out_type, out, head_size_,
+                 output_.out + query_head * head_size_ * element_bytes(output_.out_type));
+      if (output_.lse != nullptr)
+        output_.lse[query_head] =
+            empty ? -std::numeric_limits<float>::infinity() : max + std::log(sum);
       output_.sampled_rows[query_head] = plan.exact ? -1 : rows;
     }
   }
@@ -323,6 +358,7 @@ class Step {
   const Requests& requests_;
   const DecodeInput& input_;
   DecodeOutput& output_;
+  const Isa isa_;
   const Kernels& kernels_;
   Workspace& workspace_;
   const size_t group_;
@@ -330,6 +366,8 @@ class Step {
   std::vector<Plan> plans_;
   std::vector<size_t> first_part_;
   std::vector<Task> tasks_;
+  float* queries_;  // [num_reqs][num_q_heads][head_size]
+  SampleInput sample_;
   std::unique_ptr<Lookup> lookup_;
   std::vector<Weighting> weightings_;  // [num_reqs][num_q_heads]
   Partial* partials_;

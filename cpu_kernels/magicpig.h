@@ -62,6 +62,9 @@ class ThreadPool {
 // ------------------------------------------------------------------------------ pages (pages.cpp)
 
 enum class RowType { float32, bfloat16, float16 };
+inline size_t element_bytes(RowType type) { return type == RowType::float32 ? 4 : 2; }
+
+constexpr int kMaxHeadSize = 256;
 
 /// Codes lie in tiles of this many tokens: [token / 32][word][32], so that a scan is sequential.
 constexpr int kTileTokens = 32;
@@ -77,8 +80,7 @@ struct PageLayout {
   int head_size;
   int code_words;
 
-  size_t element_bytes() const { return row_type == RowType::float32 ? 4 : 2; }
-  size_t row_bytes() const { return 2 * static_cast<size_t>(head_size) * element_bytes(); }
+  size_t row_bytes() const { return 2 * static_cast<size_t>(head_size) * element_bytes(row_type); }
   size_t codes_offset() const { return static_cast<size_t>(block_size) * row_bytes(); }
   size_t tile_codes() const { return static_cast<size_t>(code_words) * kTileTokens; }
   size_t chunk_bytes() const {
@@ -456,18 +458,22 @@ std::vector<std::vector<HeadSample>> sample(const Pages& pages, const Requests& 
 // --------------------------------------------------------------------------- decode (decode.cpp)
 
 struct DecodeInput {
-  const float* query;  // [num_reqs][num_q_heads][head_size]
+  RowsView query;  // of each request, [num_q_heads][head_size]
+  RowType query_type;
   int num_q_heads;
   float scale;
   int exact_below;
   const SampleInput* sample;  // null: all requests exactly
+  const SimHash* hash;        // makes the sample's query codes; null: they are given
   const float* center;        // [num_kv_heads][head_size], where sampled
 };
 
 struct DecodeOutput {
-  float* out;              // [num_reqs][num_q_heads][head_size]
-  float* lse;              // [num_reqs][num_q_heads]
+  uint8_t* out;            // [num_reqs][num_q_heads][head_size]
+  RowType out_type;        // what it is rounded to
+  float* lse;              // [num_reqs][num_q_heads], or null
   int32_t* sampled_rows;   // [num_reqs][num_q_heads], -1 where exact
+  uint64_t hash_ns = 0;    // of the call
   uint64_t lookup_ns = 0;  // summed over threads
   uint64_t attention_ns = 0;
   size_t unsealed_stretches = 0;  // full stretches of sampled requests without a segment

@@ -353,7 +353,7 @@ inline uint32_t take_at_least(uint8_t* counters, int threshold) {
   return bits;
 }
 
-#else  // portable: plain arrays, for the compiler to vectorise as it can
+#else  // portable: plain arrays, for the compiler to vectorise as it can; needs elements.h
 
 constexpr int kLanes = 8;
 
@@ -366,17 +366,6 @@ struct IntVec {
 struct Mask {
   bool v[kLanes];
 };
-
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  return bits;
-}
-inline float float_of(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-}
 
 #define MAGICPIG_LANEWISE(Result, expression)                  \
   Result result;                                               \
@@ -396,18 +385,12 @@ inline Vec load_row(Float32, const uint8_t* p) {
 inline Vec load_row(BFloat16, const uint8_t* p) {
   uint16_t bits[kLanes];
   memcpy(bits, p, sizeof bits);
-  MAGICPIG_LANEWISE(Vec, float_of(static_cast<uint32_t>(bits[i]) << 16));
-}
-inline float half_to_float(uint32_t half) {
-  // 2^112 moves the exponent's bias from 15 to 127, and makes subnormals normal.
-  const float magnitude = float_of((half & 0x7fff) << 13) * 0x1p112f;
-  const uint32_t special = (half & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
-  return float_of(bits_of(magnitude) | special | (half & 0x8000) << 16);
+  MAGICPIG_LANEWISE(Vec, float_of_bfloat16(bits[i]));
 }
 inline Vec load_row(Float16, const uint8_t* p) {
   uint16_t bits[kLanes];
   memcpy(bits, p, sizeof bits);
-  MAGICPIG_LANEWISE(Vec, half_to_float(bits[i]));
+  MAGICPIG_LANEWISE(Vec, float_of_float16(bits[i]));
 }
 
 inline Vec operator+(Vec a, Vec b) { MAGICPIG_LANEWISE(Vec, a.v[i] + b.v[i]); }
@@ -416,7 +399,7 @@ inline Vec operator*(Vec a, Vec b) { MAGICPIG_LANEWISE(Vec, a.v[i] * b.v[i]); }
 inline Vec operator/(Vec a, Vec b) { MAGICPIG_LANEWISE(Vec, a.v[i] / b.v[i]); }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { MAGICPIG_LANEWISE(Vec, a.v[i] * b.v[i] + c.v[i]); }
 inline Vec square_root(Vec x) { MAGICPIG_LANEWISE(Vec, sqrtf(x.v[i])); }
-inline Vec absolute(Vec x) { MAGICPIG_LANEWISE(Vec, float_of(bits_of(x.v[i]) & 0x7fffffff)); }
+inline Vec absolute(Vec x) { MAGICPIG_LANEWISE(Vec, float_of_bits(bits_of_float(x.v[i]) & 0x7fffffff)); }
 inline Vec round_nearest(Vec x) {
   // Adding 1.5 * 2^23 leaves no bits for a fraction; |x| stays far below 2^22.
   MAGICPIG_LANEWISE(Vec, (x.v[i] + 12582912.0f) - 12582912.0f);
@@ -437,16 +420,16 @@ inline Vec power_of_two(Vec e) {
   // NaN takes the other branch: it has no integer.
   MAGICPIG_LANEWISE(Vec,
                     e.v[i] >= -126
-                        ? float_of(static_cast<uint32_t>(static_cast<int32_t>(e.v[i]) + 127) << 23)
+                        ? float_of_bits(static_cast<uint32_t>(static_cast<int32_t>(e.v[i]) + 127) << 23)
                         : 0.0f);
 }
 inline Vec split_exponent(Vec x, Vec* exponent) {
   Vec mantissa;
   for (int i = 0; i < kLanes; ++i) {
-    const uint32_t bits = bits_of(x.v[i]);
+    const uint32_t bits = bits_of_float(x.v[i]);
     const int32_t e = static_cast<int32_t>(bits - 0x3f3504f3) >> 23;
     exponent->v[i] = static_cast<float>(e);
-    mantissa.v[i] = float_of(bits - (static_cast<uint32_t>(e) << 23));
+    mantissa.v[i] = float_of_bits(bits - (static_cast<uint32_t>(e) << 23));
   }
   return mantissa;
 }

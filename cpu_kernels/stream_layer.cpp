@@ -117,8 +117,12 @@ void StreamLayer::decode(const StepContents& contents, const float* center) {
   const DecodeExchange& exchange = parts_.exchange;
   const size_t num_heads =
       static_cast<size_t>(requests.size) * static_cast<size_t>(exchange.num_q_heads);
+  const ptrdiff_t head_bytes = static_cast<ptrdiff_t>(
+      static_cast<size_t>(parts_.pages->layout().head_size) * sizeof(float));
   DecodeInput input = {};
-  input.query = exchange.query;
+  input.query = {reinterpret_cast<const uint8_t*>(exchange.query),
+                 head_bytes * exchange.num_q_heads, head_bytes};
+  input.query_type = RowType::float32;
   input.num_q_heads = exchange.num_q_heads;
   input.scale = parts_.scale;
   input.exact_below = parts_.exact_below;
@@ -127,11 +131,10 @@ void StreamLayer::decode(const StepContents& contents, const float* center) {
     input.sample = &sample;
     input.center = center;
   }
-  std::vector<float> lse(num_heads);
   std::vector<int32_t> rows(num_heads);
   DecodeOutput output = {};
-  output.out = exchange.out;
-  output.lse = lse.data();
+  output.out = reinterpret_cast<uint8_t*>(exchange.out);
+  output.out_type = RowType::float32;
   output.sampled_rows = rows.data();
   decode_attention(*parts_.pages, requests, input, output, parts_.isa, *parts_.pool);
   if (output.unsealed_stretches > 0)

@@ -114,10 +114,11 @@ def page_memory(num_bytes: int, native: ModuleType) -> npt.NDArray[np.uint8]:
 @dataclass(frozen=True)
 class Decoded:
     """out: bfloat16 [num_reqs, num_q_heads, head_size]; rows: int32 [num_reqs, num_q_heads], -1 where
-    exact; lookup_ns, attend_ns: summed over threads."""
+    exact; hash_ns; lookup_ns, attend_ns: summed over threads."""
 
     out: torch.Tensor
     rows: npt.NDArray[np.int32]
+    hash_ns: int
     lookup_ns: int
     attend_ns: int
 
@@ -209,6 +210,7 @@ class Decoder:
         self.layer, self._isa, self._pool = layer, isa, pool
         self._rule = sample_rule(options_of(config or layer.config))
         self.projection = layer.projection(isa, pool)
+        self._center = layer.center.numpy()
 
     def hash_queries(self, query: torch.Tensor) -> npt.NDArray[np.uint16]:
         return self.projection.hash_queries(query.float())
@@ -220,26 +222,24 @@ class Decoder:
         query: bfloat16 [num_reqs, num_q_heads, head_size].
         """
         layer = self.layer
-        q = query.float().contiguous()
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
-        codes = None if exact else self.projection.hash_queries(q)
-        rows, lookup_ns, attend_ns = _C.decode_attention(
+        out = torch.empty_like(query)
+        rows, hash_ns, lookup_ns, attend_ns = _C.decode_attention(
             layer.pages,
             None if exact else self._rule,
             None if exact else layer.index,
-            q.numpy(),
-            codes,
-            None if exact else layer.center.numpy(),
+            query,
+            None if exact else self.projection.native,
+            None if exact else self._center,
             layer.placement.block_tables,
             layer.placement.seq_lens,
-            out.numpy(),
-            lse.numpy(),
+            out,
+            None,
             scale=layer.scale,
             exact_below=1,
             isa=self._isa,
             pool=self._pool,
         )
-        return Decoded(out.to(query.dtype), rows, lookup_ns, attend_ns)
+        return Decoded(out, rows, hash_ns, lookup_ns, attend_ns)
 
 
 class DenseLayer:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from native_helpers import ISA_NAMES, MISSING_ISAS, Rule, inclusion_table, pool
 
 from vllm_magicpig import _C
@@ -33,6 +34,7 @@ def make_pages(**changes: Any) -> _C.Pages:
 PAGES = make_pages()
 INDEX = _C.LshIndex(PAGES, 3, [32])
 TABLE = inclusion_table(3, 4)
+HASH = _C.SimHash(np.ones((3 + 3, 16), np.int8), 16, 3, 8)  # of 8 tables, where the pages have 4
 
 
 def read_only(array: np.ndarray) -> np.ndarray:
@@ -87,7 +89,7 @@ def sample(**changes: Any) -> list[list[np.ndarray]]:
     return _C.sample(**{**arguments, **changes})
 
 
-def decode(**changes: Any) -> tuple[np.ndarray, int, int]:
+def decode(**changes: Any) -> tuple[np.ndarray, int, int, int]:
     arguments: dict[str, Any] = {
         "pages": PAGES,
         "rule": Rule().native(3, 4),
@@ -201,12 +203,19 @@ DECODES = [
     ({"query": zeros(2, 0, 16)}, "num_q_heads is 0"),
     ({"query": zeros(2, 130, 16)}, "num_q_heads is 130"),
     ({"query": zeros(2, 4, 16, dtype=np.float64)}, "query is float64"),
-    ({"query": zeros(4, 4, 16)[::2]}, "query .*not C-contiguous"),
+    ({"query": zeros(2, 4, 32)[..., ::2]}, "query has a stride of 8 bytes in its last dimension"),
+    ({"query": torch.zeros(2, 4, 16, dtype=torch.bfloat16)}, "query is torch.bfloat16"),
+    ({"query": torch.zeros(2, 4, 16, device="meta")}, "query is on meta"),
+    ({"query": torch.zeros(2, 64)}, r"query has shape \(2, 64\)"),
+    ({"query": [[[0.0]]]}, "query is a list, but must be an array or a tensor"),
+    ({"query_codes": HASH}, "query_codes is a hash of vectors of 16 elements into 8 words"),
     ({"query": misaligned(zeros(2, 4, 16))}, "query is not aligned"),
     ({"query_codes": zeros(2, 2, 4, dtype=np.uint16)}, r"query_codes has shape \(2, 2, 4\)"),
     ({"center": zeros(1, 16)}, r"center has shape \(1, 16\)"),
     ({"out": zeros(2, 4, 8)}, r"out has shape \(2, 4, 8\)"),
     ({"out": read_only(zeros(2, 4, 16))}, "out .*read-only"),
+    ({"out": zeros(4, 4, 16)[::2]}, "out is not contiguous"),
+    ({"out": torch.zeros(2, 8, 16)[:, ::2]}, "out is not contiguous"),
     ({"lse": zeros(2, 4, 1)}, r"lse has shape \(2, 4, 1\)"),
     ({"lse": zeros(2, 8)[:, ::2]}, "lse .*not C-contiguous"),
     ({"exact_below": -1}, "exact_below is -1"),
@@ -259,7 +268,7 @@ OVERLAPS = [
             "seq_lens": ((2,), np.int32),
         }.items()
     ),
-    (decode, {"out": SHARED, "lse": view(SHARED, (2, 4))}, "out shares memory with lse"),
+    (decode, {"out": SHARED, "lse": view(SHARED, (2, 4))}, "lse shares memory with out"),
     (decode_into_the_pages, {}, "the memory of the pages shares memory with out"),
     *(
         (store_from_the_pages, {"name": n}, f"{n} shares")
@@ -367,6 +376,8 @@ def test_sampling_works_after_all_of_that() -> None:
 def test_lists_are_not_taken_for_arrays() -> None:
     """They would be copied, and what is written into a copy is lost."""
     with pytest.raises(TypeError):
+        decode(lse=zeros(2, 4).tolist())
+    with pytest.raises(ValueError, match="out is a list"):
         decode(out=zeros(2, 4, 16).tolist())
 
 

@@ -72,7 +72,7 @@ def test_center_and_codes(isa: _C.Isa, head_size: int) -> None:
     index = _C.LshIndex(pages, 3, [32])
     pages.note_writes(np.arange(32))
     out, lse = np.full((1, 1, head_size), np.nan, np.float32), np.full((1, 1), np.nan, np.float32)
-    rows, _, _ = _C.decode_attention(
+    rows, *_ = _C.decode_attention(
         pages,
         Rule(2, 0, 0).native(3, 3),
         index,

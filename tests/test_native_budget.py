@@ -113,7 +113,7 @@ class World:
         center = torch.zeros(2, 32)
         out = np.full(self.query.shape, np.nan, np.float32)
         lse = np.full(self.query.shape[:2], np.nan, np.float32)
-        rows, _, _ = self.layer.native.decode_attention(
+        rows, *_ = self.layer.native.decode_attention(
             self.layer.pages,
             self.layer.rule(rule),
             self.layer.index,

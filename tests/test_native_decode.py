@@ -74,7 +74,7 @@ class Batch:
         out = np.full(self.query.shape, np.nan, np.float32)
         lse = np.full(self.query.shape[:2], np.nan, np.float32)
         sampled = rule is not None
-        rows, lookup_ns, attention_ns = native.decode_attention(
+        rows, hash_ns, lookup_ns, attention_ns = native.decode_attention(
             layer.pages,
             layer.rule(rule) if rule else None,
             layer.index if sampled else None,
@@ -90,6 +90,7 @@ class Batch:
             isa=isa,
             pool=layer.pool(num_threads),
         )
+        assert hash_ns == 0  # codes are given
         assert lookup_ns >= 0
         assert attention_ns > 0 or sum(self.lengths) == 0
         return torch.from_numpy(out), torch.from_numpy(lse), rows

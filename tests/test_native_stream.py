@@ -34,7 +34,7 @@ def decode_directly(world: World, index: int, requests: list[Request]) -> tuple[
     exact = (None, None, decoded.query.numpy(), None, None)
     arguments = sampled if decoded.sampled else exact
     settings = {**world.settings(), "exact_below": max(world.exact_below, 1)}
-    rows, _, _ = _C.decode_attention(
+    rows, *_ = _C.decode_attention(
         native.pages, *arguments, *world.batch(requests), out, lse, **settings
     )
     return out, rows

@@ -223,30 +223,31 @@ def decode_attention(
     pages: Pages,
     rule: SampleRule | None,
     index: LshIndex | None,
-    query: npt.NDArray[np.float32],
-    query_codes: npt.NDArray[np.uint16] | None,
+    query: npt.NDArray[np.generic],
+    query_codes: SimHash | npt.NDArray[np.uint16] | None,
     center: npt.NDArray[np.float32] | None,
     block_tables: npt.NDArray[np.int32],
     seq_lens: npt.NDArray[np.int32],
-    out: npt.NDArray[np.float32],
+    out: npt.NDArray[np.generic],
     lse: npt.NDArray[np.float32],
     *,
     scale: float,
     exact_below: int,
     isa: Isa,
     pool: ThreadPool,
-) -> tuple[npt.NDArray[np.int32], int, int]:
+) -> tuple[npt.NDArray[np.int32], int, int, int]:
     """One decode step: attention of one query per request over its pages.
 
-    query: float32 [num_reqs, num_q_heads, head_size]; query_codes: uint16 [num_reqs, num_q_heads,
-    code_words]; center: float32 [num_kv_heads, head_size]; block_tables: int32 [num_reqs, max_blocks];
-    seq_lens: int32 [num_reqs], the query's own token included; out: float32 like query and
-    lse: float32 [num_reqs, num_q_heads] (natural logarithm) are written; a request of seq_len 0
-    gets zeros and -inf.
+    query: [num_reqs, num_q_heads, head_size], whole rows contiguous, float32 or the pages' row dtype
+    (16-bit ones as uint16); query_codes: uint16 [num_reqs, num_q_heads, code_words], or the hash of the
+    keys, which then makes them; center: float32 [num_kv_heads, head_size]; block_tables: int32
+    [num_reqs, max_blocks]; seq_lens: int32 [num_reqs], the query's own token included; out: like
+    query, but contiguous and float32 or the pages' row dtype, and lse: float32 [num_reqs, num_q_heads]
+    (natural logarithm) are written; a request of seq_len 0 gets zeros and -inf.
     A request whose middle is shorter than exact_below is attended exactly; without rule, codes and
     center (all None) every request is. Without index, all tokens are compared by code.
     Returns (rows sampled from the middle, int32 [num_reqs, num_q_heads], -1 where exact;
-    nanoseconds spent in lookup and in attention, summed over threads).
+    nanoseconds spent in hashing, and in lookup and in attention, these two summed over threads).
     """
 
 # ------------------------------------------------------------------------ decode in stream order

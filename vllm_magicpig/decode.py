@@ -28,45 +28,38 @@ class DecodeKernel:
     pool: _C.ThreadPool
     stats: LayerStats
 
-    def attend(self, query: torch.Tensor, step: Step) -> torch.Tensor:
-        """query: [num_decodes, num_q_heads, head_size], rows as in step.decode_rows.
-
-        Returns float32 of that shape.
+    def attend(self, query: torch.Tensor, out: torch.Tensor, step: Step) -> None:
+        """query: [num_decodes, num_q_heads, head_size] in the pages' dtype, rows as in
+        step.decode_rows; out: likewise or float32, contiguous, is written.
         """
         started = time.perf_counter_ns()
-        q = query.float().contiguous()
-        out = torch.empty_like(q)
-        lse = q.new_empty(q.shape[:2])
-        seq_lens = step.seq_lens[step.decode_rows]
 
-        codes = index = rule = center = None
+        hasher = index = rule = center = None
         if self.index is not None and self.index.center.value is not None:
-            codes = self.index.projection.hash_queries(q)
+            hasher = self.index.projection.native
             index, rule = self.index.native, self.index.rule
-            center = self.index.center.value.numpy()
-        hashed = time.perf_counter_ns()
+            center = self.index.center.array
 
-        rows, lookup_ns, attend_ns = _C.decode_attention(
+        rows, hash_ns, lookup_ns, attend_ns = _C.decode_attention(
             self.pages.native,
             rule,
             index,
-            q.numpy(),
-            codes,
+            query,
+            hasher,
             center,
-            step.block_tables[step.decode_rows],
-            seq_lens,
-            out.numpy(),
-            lse.numpy(),
+            step.decode_tables,
+            step.decode_lens,
+            out,
+            None,
             scale=self.scale,
             exact_below=max(self.options.exact_below, 1),
             isa=self.isa,
             pool=self.pool,
         )
 
-        middles = seq_lens.astype(np.int64) - self.options.sink_tokens - self.options.window_tokens
+        middles = step.decode_lens.astype(np.int64) - self.options.sink_tokens - self.options.window_tokens
         self.stats.record(rows, middles)
-        self.stats.hash_ns += hashed - started
+        self.stats.hash_ns += hash_ns
         self.stats.lookup_ns += lookup_ns
         self.stats.attend_ns += attend_ns
         self.stats.decode_ns += time.perf_counter_ns() - started
-        return out

@@ -63,8 +63,19 @@ class HostLayer:
                 query[tokens], key[tokens], value[tokens], context, self._scale
             )
         if step.decode_rows.size:
-            decoding = torch.from_numpy(step.decode_tokens)
-            output[decoding] = self._kernel.attend(query[decoding], step).to(output.dtype)
+            self._decode(query, output, step)
+
+    def _decode(self, query: torch.Tensor, output: torch.Tensor, step: Step) -> None:
+        first, last = step.decode_tokens[0], step.decode_tokens[-1]
+        if last - first + 1 == step.decode_tokens.size and output.is_contiguous():
+            tokens = slice(first, last + 1)  # as in every batch without chunks: no copies
+            self._kernel.attend(query[tokens], output[tokens], step)
+            return
+        decoding = torch.from_numpy(step.decode_tokens)
+        decoded = query[decoding]
+        out = torch.empty_like(decoded)
+        self._kernel.attend(decoded, out, step)
+        output[decoding] = out
 
     def stats(self) -> LayerStats:
         return self._stats

@@ -8,8 +8,11 @@ share codes and index segments.
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -29,6 +32,13 @@ class KeyCenter:
         self._layer_index = layer_index
         self._source = source
         self.value: torch.Tensor | None = None
+
+    @cached_property
+    def array(self) -> npt.NDArray[np.float32]:
+        """value as the kernels take it; once frozen."""
+        assert self.value is not None
+        array: npt.NDArray[np.float32] = self.value.numpy()
+        return array
 
     def prepare(self, head_size: int) -> None:
         """Fixes the centres that need no prompt: zeros for "none", those of a file."""

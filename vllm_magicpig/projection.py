@@ -32,7 +32,7 @@ class Projection:
         seed = (options.seed + layer_index * _LAYER_SEED_STRIDE) % (1 << 63)
         self._hyperplanes = (head_size, options.L, options.K, seed)
         signs = reference.hadamard_signs(*self._hyperplanes)
-        self._hash = _C.SimHash(signs.numpy(), head_size, options.K, options.L)
+        self.native = _C.SimHash(signs.numpy(), head_size, options.K, options.L)
         self._code_words = options.code_words
         self._isa, self._pool = isa, pool
 
@@ -51,7 +51,7 @@ class Projection:
         codes = np.empty((num_tokens, num_kv_heads, self._code_words), dtype=np.uint16)
         for start in range(0, num_tokens, _TOKENS_AT_ONCE):
             some = keys[start : start + _TOKENS_AT_ONCE].float().contiguous().numpy()
-            codes[start : start + len(some)] = self._hash.hash(
+            codes[start : start + len(some)] = self.native.hash(
                 some, center.numpy(), self._isa, self._pool
             )
         return codes
@@ -63,4 +63,4 @@ class Projection:
         Queries are not centred: shifting all keys leaves softmax unchanged, shifting queries does
         not (arXiv 2410.16179, section 4.3).
         """
-        return self._hash.hash(queries.contiguous().numpy(), None, self._isa, self._pool)
+        return self.native.hash(queries.contiguous().numpy(), None, self._isa, self._pool)

@@ -7,6 +7,7 @@ all of vLLM's metadata is in host memory (stream_step.py does so where it is on 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +52,16 @@ class Step(AttentionMetadata, Requests):
 
     slots: npt.NDArray[np.int64]
     block_tables: npt.NDArray[np.int32]
+
+    @cached_property
+    def decode_tables(self) -> npt.NDArray[np.int32]:
+        """block_tables of the decode_rows."""
+        return self.block_tables[self.decode_rows]
+
+    @cached_property
+    def decode_lens(self) -> npt.NDArray[np.int32]:
+        """seq_lens of the decode_rows."""
+        return self.seq_lens[self.decode_rows]
 
     @property
     def is_dummy(self) -> bool:

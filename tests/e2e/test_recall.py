@@ -119,18 +119,18 @@ class SampleSpy:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         original = _C.decode_attention
 
-        def decode_attention(pages: Any, rule: Any, index: Any, query: Any, codes: Any,
+        def decode_attention(pages: Any, rule: Any, index: Any, query: Any, hasher: Any,
                              center: Any, block_tables: Any, seq_lens: Any, *rest: Any,
                              **options: Any) -> Any:  # fmt: skip
             self._calls += 1
             if self._calls % self._every == 0 and rule is not None and len(seq_lens) == 1:
-                heads = _C.sample(
-                    *(pages, rule, index, codes, block_tables, seq_lens),
-                    **{name: options[name] for name in ("isa", "pool")},
-                )[0]
+                shared = {name: options[name] for name in ("isa", "pool")}
+                vectors = torch.from_numpy(query).view(torch.bfloat16).float().numpy()
+                codes = hasher.hash(vectors, None, **shared)
+                heads = _C.sample(pages, rule, index, codes, block_tables, seq_lens, **shared)[0]
                 positions = np.concatenate([found for found, _, _ in heads])
                 self.positions.append((int(seq_lens[0]), positions))
-            return original(pages, rule, index, query, codes, center, block_tables, seq_lens,
+            return original(pages, rule, index, query, hasher, center, block_tables, seq_lens,
                             *rest, **options)  # fmt: skip
 
         monkeypatch.setattr(_C, "decode_attention", decode_attention)

@@ -1,0 +1,147 @@
+"""Queries and outputs of decode_attention in any dtype, as tensors or arrays, and hashed in the call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from native_helpers import Layer, Rule, each_isa, pool, row_bits
+
+from vllm_magicpig import _C, reference
+
+NUM_TOKENS, NUM_KV_HEADS, NUM_Q_HEADS, HEAD_SIZE = 160, 2, 6, 24
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+class Batch:
+    """Two requests that share pages of one dtype; the hash is that of their keys."""
+
+    def __init__(self, dtype: torch.dtype, num_bits: int = 3, num_tables: int = 16) -> None:
+        self.dtype = dtype
+        self.layer = Layer(5, NUM_KV_HEADS, num_tables, num_bits, HEAD_SIZE, dtype=dtype)
+        generator = torch.Generator().manual_seed(0)
+        shape = (NUM_KV_HEADS, NUM_TOKENS, HEAD_SIZE)
+        key = torch.randn(shape, generator=generator).to(dtype)
+        # Values from subnormal to beyond the largest half: what outputs are rounded from.
+        size = 10.0 ** torch.empty(shape).uniform_(-9, 4, generator=generator)
+        value = (torch.randn(shape, generator=generator) * size).to(dtype)
+        self.query = torch.randn(2, NUM_Q_HEADS, HEAD_SIZE, generator=generator).to(dtype)
+        self.layer.store_rows(range(5), 0, key, value)
+        hyperplanes = (HEAD_SIZE, num_tables, num_bits, 7)
+        signs = reference.hadamard_signs(*hyperplanes)
+        self.hash = _C.SimHash(signs.numpy(), HEAD_SIZE, num_bits, num_tables)
+        slots = self.layer.slots(range(5), 0, NUM_TOKENS)
+        keys = key.transpose(0, 1).float().contiguous().numpy()
+        codes = self.hash.hash(keys, None, _C.Isa.portable, pool())
+        self.layer.pages.store_codes(codes, slots, pool())
+
+    def decode(self, query: Any, out: Any, isa: _C.Isa, **changes: Any) -> np.ndarray:
+        arguments: dict[str, Any] = {
+            "pages": self.layer.pages,
+            "rule": self.layer.rule(Rule()),
+            "index": None,
+            "query": query,
+            "query_codes": self.hash,
+            "center": np.zeros((NUM_KV_HEADS, HEAD_SIZE), np.float32),
+            "block_tables": np.array([range(5), range(5)], np.int32),
+            "seq_lens": np.array([NUM_TOKENS, 97], np.int32),
+            "out": out,
+            "lse": None,
+            "scale": 0.3,
+            "exact_below": 0,
+            "isa": isa,
+            "pool": pool(),
+        }
+        rows, _, _, _ = _C.decode_attention(**{**arguments, **changes})
+        return rows
+
+    def expected(self, isa: _C.Isa) -> torch.Tensor:
+        """Output in float32 of the queries in float32, as arrays, with codes given."""
+        query = self.query.float()
+        out = torch.empty(self.query.shape)
+        codes = self.hash.hash(query.numpy(), None, _C.Isa.portable, pool())
+        self.decode(query.numpy(), out.numpy(), isa, query_codes=codes)
+        return out
+
+
+@each_isa
+@each_dtype
+@pytest.mark.parametrize("setting", [(3, 16), (1, 32)], ids=str)
+def test_any_dtype_as_tensor_or_bits_and_hashed_in_the_call(
+    isa: _C.Isa, dtype: torch.dtype, setting: tuple[int, int]
+) -> None:
+    batch = Batch(dtype, *setting)
+    expected = batch.expected(isa)
+    assert expected.isfinite().all()
+    out = torch.full_like(batch.query, 3)
+    rows = batch.decode(batch.query, out, isa)
+    assert (rows > 0).any()
+    assert torch.equal(out, expected.to(dtype))
+    bits = torch.full_like(batch.query, 3)
+    batch.decode(row_bits(batch.query), row_bits(bits), isa)
+    assert torch.equal(bits, out)
+    mixed = torch.empty(batch.query.shape)
+    batch.decode(batch.query, mixed, isa)
+    assert torch.equal(mixed, expected)
+
+
+@each_dtype
+def test_queries_in_any_strides(dtype: torch.dtype) -> None:
+    batch = Batch(dtype)
+    isa = _C.resolve_isa("auto")
+    # As vLLM has them: a part of the projection's output, [num_tokens, (q + k + v) sizes].
+    width = (NUM_Q_HEADS + 2 * NUM_KV_HEADS) * HEAD_SIZE
+    projected = torch.zeros(2, width, dtype=dtype)
+    query = projected[:, : NUM_Q_HEADS * HEAD_SIZE].view(2, NUM_Q_HEADS, HEAD_SIZE)
+    query.copy_(batch.query)
+    out = torch.empty(query.shape, dtype=dtype)
+    batch.decode(query, out, isa)
+    assert torch.equal(out, batch.expected(isa).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_outputs_are_rounded_as_torch_rounds(dtype: torch.dtype) -> None:
+    """Means of two neighbours, each of which is a tie, and of numbers far apart."""
+    numbers = torch.arange(1 << 16).to(torch.uint16).view(dtype)  # every one that there is
+    later = numbers.roll(-1)
+    far = numbers[torch.randperm(1 << 16, generator=torch.Generator().manual_seed(0))]
+    first, second = numbers.repeat(2), torch.cat([later, far])
+    head_size, num_reqs = 256, first.numel() // 256
+    layer = Layer(num_reqs, 1, 16, 3, head_size, block_size=32, dtype=dtype)
+    value = torch.stack([first, second]).view(2, num_reqs, head_size)
+    for token in range(2):
+        slots = np.arange(num_reqs) * 32 + token
+        rows = row_bits(value[token][:, None])
+        layer.pages.store_rows(np.zeros_like(rows), rows, slots, pool())
+
+    def decode(out: torch.Tensor) -> torch.Tensor:
+        _C.decode_attention(
+            layer.pages,
+            None,
+            None,
+            torch.zeros(out.shape, dtype=dtype),
+            None,
+            None,
+            np.arange(num_reqs, dtype=np.int32)[:, None],
+            np.full(num_reqs, 2, np.int32),
+            out,
+            None,
+            scale=1.0,
+            exact_below=0,
+            isa=_C.resolve_isa("auto"),
+            pool=pool(),
+        )
+        return out
+
+    shape = (num_reqs, 1, head_size)
+    exact, rounded = decode(torch.empty(shape)), decode(torch.empty(shape, dtype=dtype))
+    total = value[0].float() + value[1].float()
+    finite = total.isfinite()
+    assert torch.equal(exact[:, 0][finite], total[finite] / 2)
+    expected = exact.to(dtype)
+    nan = expected.isnan()
+    assert torch.equal(rounded.isnan(), nan)
+    assert torch.equal(rounded[~nan].view(torch.int16), expected[~nan].view(torch.int16))
