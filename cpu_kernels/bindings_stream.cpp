@@ -276,12 +276,14 @@ void ask(const std::shared_ptr<SegmentBuilder>& self, BoundIndex& index,
 }
 
 /// Destroyed with the GIL released: its thread may be building a segment.
-std::shared_ptr<SegmentBuilder> make_builder(const std::vector<int>& cpus) {
+std::shared_ptr<SegmentBuilder> make_builder(const std::vector<int>& cpus,
+                                             std::shared_ptr<ThreadPool> gives_way_to) {
   py::gil_scoped_release release;
-  return std::shared_ptr<SegmentBuilder>(new SegmentBuilder(cpus), [](SegmentBuilder* builder) {
-    py::gil_scoped_release release_again;
-    delete builder;
-  });
+  return std::shared_ptr<SegmentBuilder>(new SegmentBuilder(cpus, std::move(gives_way_to)),
+                                         [](SegmentBuilder* builder) {
+                                           py::gil_scoped_release release_again;
+                                           delete builder;
+                                         });
 }
 
 }  // namespace
@@ -314,7 +316,7 @@ void bind_streams(py::module_& m) {
                              [](const BoundExchange& e) { return e.buffers.max_decodes; });
 
   py::class_<SegmentBuilder, std::shared_ptr<SegmentBuilder>>(m, "SegmentBuilder")
-      .def(py::init(&make_builder), arg("cpus"))
+      .def(py::init(&make_builder), arg("cpus"), arg("gives_way_to").none(true) = py::none())
       .def("ask", &ask, arg("index").none(false), array_arg("block_tables"), array_arg("seq_lens"))
       .def(
           "drain", [](SegmentBuilder& b) { b.drain(); }, release_gil())

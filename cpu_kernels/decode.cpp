@@ -379,6 +379,7 @@ class Step {
 
 void decode_attention(const Pages& pages, const Requests& requests, const DecodeInput& input,
                       DecodeOutput& output, Isa isa, ThreadPool& pool) {
+  const ThreadPool::Use use(pool);
   // Per calling thread: steps of several threads may be under way at once.
   static thread_local Workspace workspace;
   workspace.start(pool.num_threads());

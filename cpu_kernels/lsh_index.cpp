@@ -9,6 +9,7 @@
 #include <new>
 #include <unordered_set>
 
+#include "give_way.h"
 #include "kernels.h"
 
 namespace magicpig {
@@ -60,8 +61,14 @@ __attribute__((no_sanitize("thread"))) void copy_codes(const uint16_t* tile, int
 /// counting from waiting for itself where tokens in a row have one code.
 constexpr int kTablesAtOnce = 8;
 
+/// Tokens of a table that are sorted without a look at who goes first: some ten microseconds.
+constexpr size_t kTokensAtOnce = 4096;
+
 /// What one thread needs to sort kTablesAtOnce tables of a segment.
 struct SortScratch {
+  explicit SortScratch(const ThreadPool* gives_way_to) : give_way(gives_way_to) {}
+
+  GiveWay give_way;
   std::unique_ptr<uint16_t[]> codes;   // [kTablesAtOnce][tokens]
   std::unique_ptr<uint16_t[]> counts;  // [kTablesAtOnce][count_stride], then where each goes on
 
@@ -122,6 +129,7 @@ void sort_tables(const Pages& pages, const Segment& segment, int kv_head, int fi
 
   std::fill_n(counts, stride * static_cast<size_t>(tables), uint16_t{0});
   for (size_t token = 0; token < tokens; token += kTileTokens) {
+    if (token * static_cast<size_t>(tables) % kTokensAtOnce == 0) scratch.give_way();
     if (token + kTilesAhead * kTileTokens < tokens) {
       const uint16_t* ahead = strip(token + kTilesAhead * kTileTokens);
       for (int l = 0; l < tables; ++l) __builtin_prefetch(ahead + l * kTileTokens);
@@ -152,7 +160,11 @@ void sort_tables(const Pages& pages, const Segment& segment, int kv_head, int fi
     const bool one_bucket = may_wrap && next[code[0]] == 0;
     add_up(next, num_buckets, may_wrap, offsets);
     offsets[num_buckets + 1] = one_bucket ? code[0] : Segment::kNoBucket;
-    for (size_t i = 0; i < tokens; ++i) ids[next[code[i]]++] = static_cast<uint16_t>(i);
+    for (size_t begin = 0; begin < tokens; begin += kTokensAtOnce) {
+      scratch.give_way();
+      const size_t end = std::min(begin + kTokensAtOnce, tokens);
+      for (size_t i = begin; i < end; ++i) ids[next[code[i]]++] = static_cast<uint16_t>(i);
+    }
     ids += tokens;
     offsets += stride;
   }
@@ -277,19 +289,21 @@ bool LshIndex::holds(const Stretch& stretch) const {
   return place != map.end() && place->second->sources == stretch;
 }
 
-size_t LshIndex::build(const std::vector<Stretch>& stretches, ThreadPool& pool) {
+size_t LshIndex::build(const std::vector<Stretch>& stretches, ThreadPool& pool,
+                       const ThreadPool* gives_way_to) {
   std::lock_guard<std::mutex> one_at_a_time(build_mutex_);
   drop_stale();
   size_t kept = 0;
-  for (const Stretch& stretch : stretches) kept += build_one(stretch, pool);
+  for (const Stretch& stretch : stretches) kept += build_one(stretch, pool, gives_way_to);
   return kept;
 }
 
-bool LshIndex::build_one(const Stretch& stretch, ThreadPool& pool) {
+bool LshIndex::build_one(const Stretch& stretch, ThreadPool& pool,
+                         const ThreadPool* gives_way_to) {
   if (!current(stretch) || holds(stretch)) return false;
   const std::shared_ptr<Segment> segment = allocate(stretch);
   if (!segment) return false;
-  sort_codes(*segment, pool);
+  sort_codes(*segment, pool, gives_way_to);
 
   // A seqlock's end: codes that were read too late come from writes whose epochs are seen here.
   std::atomic_thread_fence(std::memory_order_acquire);
@@ -374,11 +388,13 @@ std::shared_ptr<Segment> LshIndex::allocate(const Stretch& stretch) {
   return segment;
 }
 
-void LshIndex::sort_codes(Segment& segment, ThreadPool& pool) const {
+void LshIndex::sort_codes(Segment& segment, ThreadPool& pool,
+                          const ThreadPool* gives_way_to) const {
   const size_t tokens = static_cast<size_t>(segment.segment_tokens);
   const size_t num_buckets = static_cast<size_t>(segment.num_buckets);
   const int groups = (segment.num_tables + kTablesAtOnce - 1) / kTablesAtOnce;
-  std::vector<SortScratch> scratch(static_cast<size_t>(pool.num_threads()));
+  std::vector<SortScratch> scratch;
+  for (int thread = 0; thread < pool.num_threads(); ++thread) scratch.emplace_back(gives_way_to);
   pool.run(static_cast<size_t>(groups * pages_.num_kv_heads()), [&](size_t task, int thread) {
     const int kv_head = static_cast<int>(task) / groups;
     const int first_table = static_cast<int>(task) % groups * kTablesAtOnce;

@@ -51,8 +51,23 @@ class ThreadPool {
   /// first exception of a task is rethrown here. Calls from several threads run one after another.
   void run(size_t num_tasks, const Body& body);
 
+  /// A step that runs several jobs: in_use() from its start to its end.
+  class Use {
+   public:
+    explicit Use(ThreadPool& pool) : pool_(pool) { pool_.uses_.fetch_add(1); }
+    ~Use() { pool_.uses_.fetch_sub(1); }
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+
+   private:
+    ThreadPool& pool_;
+  };
+  bool in_use() const { return uses_.load(std::memory_order_relaxed) > 0; }
+
  private:
   struct Workers;  // on the heap, so that a forked child can forget it
+
+  std::atomic<int> uses_{0};
 
   const int num_threads_;
   const long owner_pid_;
@@ -270,7 +285,8 @@ class LshIndex {
   /// is kept only if its blocks have their epochs once it is built: till then, any of them may have
   /// been given to a new owner and overwritten. The smaller ones that it covers are dropped then.
   /// Returns how many were kept.
-  size_t build(const std::vector<Stretch>& stretches, ThreadPool& pool);
+  size_t build(const std::vector<Stretch>& stretches, ThreadPool& pool,
+               const ThreadPool* gives_way_to = nullptr);
   /// Frees what is stale and builds what is missing.
   size_t seal(const Requests& requests, ThreadPool& pool) {
     build({}, pool);  // makes room, on which missing() depends
@@ -305,9 +321,9 @@ class LshIndex {
   bool covers(const Segment& segment, const int32_t* blocks) const;
   bool holds(const Stretch& stretch) const;
   void drop_stale();
-  bool build_one(const Stretch& stretch, ThreadPool& pool);
+  bool build_one(const Stretch& stretch, ThreadPool& pool, const ThreadPool* gives_way_to);
   std::shared_ptr<Segment> allocate(const Stretch& stretch);
-  void sort_codes(Segment& segment, ThreadPool& pool) const;
+  void sort_codes(Segment& segment, ThreadPool& pool, const ThreadPool* gives_way_to) const;
   SegmentPtr take_out(SegmentMap& map, SegmentMap::iterator place);
 
   const Pages& pages_;

@@ -32,6 +32,7 @@ struct SegmentBuilder::Worker {
   using Wishes = std::map<std::pair<size_t, int32_t>, LshIndex::Stretch>;
 
   FirstError& errors;
+  const std::shared_ptr<const ThreadPool> gives_way_to;
 
   std::mutex mutex;  // guards what follows
   std::condition_variable changed;
@@ -44,8 +45,9 @@ struct SegmentBuilder::Worker {
 
   std::thread thread;  // last: it uses all of the above
 
-  Worker(FirstError& first_error, const std::vector<int>& cpus)
-      : errors(first_error), thread([this, cpus] { work(cpus); }) {
+  Worker(FirstError& first_error, const std::vector<int>& cpus,
+         std::shared_ptr<const ThreadPool> steps)
+      : errors(first_error), gives_way_to(std::move(steps)), thread([this, cpus] { work(cpus); }) {
     std::unique_lock<std::mutex> lock(mutex);
     changed.wait(lock, [this] { return started; });
     if (!start_error) return;
@@ -89,7 +91,7 @@ struct SegmentBuilder::Worker {
       const std::vector<LshIndex::Stretch> stretches = next();  // sets running
       lock.unlock();
       try {
-        running->build(stretches, *pool);  // frees what is stale, too
+        running->build(stretches, *pool, gives_way_to.get());  // frees what is stale, too
       } catch (...) {
         errors.note(std::current_exception());
       }
@@ -143,8 +145,10 @@ struct SegmentBuilder::Worker {
   }
 };
 
-SegmentBuilder::SegmentBuilder(const std::vector<int>& cpus)
-    : owner_pid_(getpid()), worker_(std::make_unique<Worker>(errors_, cpus)) {}
+SegmentBuilder::SegmentBuilder(const std::vector<int>& cpus,
+                               std::shared_ptr<const ThreadPool> gives_way_to)
+    : owner_pid_(getpid()),
+      worker_(std::make_unique<Worker>(errors_, cpus, std::move(gives_way_to))) {}
 
 SegmentBuilder::~SegmentBuilder() {
   // As in ThreadPool: the thread does not exist in a forked child.

@@ -199,7 +199,8 @@ class Steps:
 
 def part_background(given: Any, report: Report, cpus: Sequence[int], native: ModuleType) -> None:
     """Phases of an idle and of a busy builder take turns. The builder's threads are on the CPUs of the
-    kernel, as in a worker, and niced."""
+    kernel, as in a worker, niced, and rest while a step runs: they build while the caches are emptied
+    between two steps, in the place of a model's other layers."""
     config = BUCKETS[0]
     isa, pool = _C.resolve_isa("auto"), _C.ThreadPool(list(cpus))
     rows = generate("mixed", given.decode_tokens)
@@ -210,7 +211,7 @@ def part_background(given: Any, report: Report, cpus: Sequence[int], native: Mod
     work = _layer(config, generate("mixed", 2 * level, seed=1), cpus, native)
     work.index = make_index(work.pages, config, level)
     assert work.index is not None
-    builder = _C.SegmentBuilder(list(cpus))
+    builder = _C.SegmentBuilder(list(cpus), pool)
     growing = GrowingRequest(work, native, isa, pool, builder, NUM_Q_HEADS)
     times: dict[str, list[float]] = {"idle": [], "busy": []}
     built = {"idle": 0, "busy": 0}
@@ -439,7 +440,7 @@ def _generate(
     rows = generate("mixed", last)
     layer = _layer(config, rows, cpus, native, num_stored=first)
     isa, pool = _C.resolve_isa("auto"), _C.ThreadPool(list(cpus))
-    builder = _C.SegmentBuilder(list(cpus))
+    builder = _C.SegmentBuilder(list(cpus), pool)
     growing = GrowingRequest(layer, native, isa, pool, builder, NUM_Q_HEADS)
     growing.note_stored(first)
     keys, values = (part.transpose(0, 1).bfloat16() for part in (rows.keys, rows.values))

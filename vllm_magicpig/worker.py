@@ -38,7 +38,7 @@ class MagicPigWorker:
         self._isa = _C.resolve_isa(self._options.isa)
         self._pool = _C.ThreadPool(self._kernel_cpus())
         if self._options.has_buckets:
-            self._builder = _C.SegmentBuilder(self._builder_cpus())
+            self._builder = _C.SegmentBuilder(self._builder_cpus(), self._pool)
         self._bind_layers(kv_cache_config)
         self._logged_at, self._logged_steps = time.monotonic(), 0
         logger.info(

@@ -1,0 +1,69 @@
+"""A builder that gives way to decode steps, and comes to an end all the same."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import torch
+from native_helpers import Layer, Rule, native_codes
+
+from vllm_magicpig import _C
+
+NUM_TOKENS, NUM_TABLES, HEAD_SIZE = 4096, 16, 32
+
+
+def test_steps_without_a_pause_do_not_stop_building() -> None:
+    """Two threads decode, so that the pool is in use at every moment."""
+    layer = Layer(1, 1, NUM_TABLES, 3, HEAD_SIZE, block_size=NUM_TOKENS, levels=[NUM_TOKENS])
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 1, NUM_TOKENS, HEAD_SIZE, generator=generator)
+    layer.store_rows([0], 0, rows[0], rows[1])
+    codes = torch.randint(0, 8, (1, NUM_TOKENS, NUM_TABLES), generator=generator)
+    layer.store_codes([0], 0, codes)
+    batch = (np.zeros((1, 1), np.int32), np.array([NUM_TOKENS], np.int32))
+    query = torch.randn(1, 2, HEAD_SIZE, generator=generator)
+    query_codes = native_codes(codes[:, :2], 3)
+    steps = layer.pool(1)
+    stop, outs = threading.Event(), []
+
+    def decode() -> torch.Tensor:
+        out = torch.empty(query.shape)
+        _C.decode_attention(
+            layer.pages,
+            layer.rule(Rule()),
+            layer.index,
+            query,
+            query_codes,
+            np.zeros((1, HEAD_SIZE), np.float32),
+            *batch,
+            out,
+            None,
+            scale=0.2,
+            exact_below=0,
+            isa=_C.resolve_isa("auto"),
+            pool=steps,
+        )
+        return out
+
+    def decode_on_and_on() -> None:
+        while not stop.is_set():
+            outs.append(decode())
+
+    before = decode()
+    threads = [threading.Thread(target=decode_on_and_on) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        builder = _C.SegmentBuilder([0], gives_way_to=steps)
+        assert layer.index is not None
+        builder.ask(layer.index, *batch)
+        builder.drain()
+        builder.raise_error()
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert layer.index.num_segments == 1
+    assert all(torch.equal(out, before) for out in outs)
+    assert torch.equal(decode(), before)
