@@ -453,8 +453,8 @@ py::tuple decode(const BoundPages& pages, const BoundRule* rule, const BoundInde
   result.out_type = outputs.type;
   std::vector<Named> written = {{"out", outputs.extent()}};
   if (lse.has_value()) {
-    result.lse = output<float>("lse", *lse,
-                               {{"num_reqs", requests.size}, {"num_q_heads", in.num_q_heads}});
+    result.lse =
+        output<float>("lse", *lse, {{"num_reqs", requests.size}, {"num_q_heads", in.num_q_heads}});
     check_apart(written[0], {{"lse", *lse}});
     written.push_back({"lse", *lse});
   }
@@ -572,8 +572,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("decode_attention", &decode, arg("pages"), arg("rule").none(true), arg("index").none(true),
         arg("query"), arg("query_codes").noconvert().none(true), array_arg("center").none(true),
-        array_arg("block_tables"), array_arg("seq_lens"), arg("out"),
-        array_arg("lse").none(true),
+        array_arg("block_tables"), array_arg("seq_lens"), arg("out"), array_arg("lse").none(true),
         py::kw_only(), arg("scale"), arg("exact_below"), arg("isa"), arg("pool"));
 
   bind_streams(m);

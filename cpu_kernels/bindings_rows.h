@@ -86,8 +86,7 @@ inline RowsArgument rows_argument(const char* name, py::handle rows, const Pages
 /// That it can be written as one run of memory.
 inline void check_output(const RowsArgument& rows) {
   if (!rows.writable) refuse(rows.name, " is read-only, but is written; pass a writable array.");
-  const py::ssize_t head_bytes =
-      rows.shape[2] * static_cast<py::ssize_t>(element_bytes(rows.type));
+  const py::ssize_t head_bytes = rows.shape[2] * static_cast<py::ssize_t>(element_bytes(rows.type));
   if (rows.shape[0] == 0 || rows.shape[1] == 0) return;
   if ((rows.shape[1] > 1 && rows.strides[1] != head_bytes) ||
       (rows.shape[0] > 1 && rows.strides[0] != head_bytes * rows.shape[1]))

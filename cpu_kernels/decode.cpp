@@ -210,8 +210,8 @@ class Step {
   void look_up(ThreadPool& pool) {
     std::vector<TokenRange> middles;
     for (const Plan& plan : plans_) middles.push_back(plan.middle);
-    lookup_ = std::make_unique<Lookup>(pages_, requests_, middles, input_.num_q_heads,
-                                       sample_, kernels_);
+    lookup_ =
+        std::make_unique<Lookup>(pages_, requests_, middles, input_.num_q_heads, sample_, kernels_);
     lookup_->run(pool, workspace_.lookup);
     output_.unsealed_stretches = lookup_->unsealed_stretches();
   }

@@ -15,9 +15,9 @@ class GiveWay {
   /// steps: the pool of what goes first; null: nothing does.
   explicit GiveWay(const ThreadPool* steps) : steps_(steps) {}
 
-  /// Called every few tens of microseconds; sleeps while the pool is in use. Where the pool is never
-  /// seen at rest, a thread works for kSlice after each kPatience, so that what it builds does come:
-  /// fewer than one step in a hundred meets that.
+  /// Called every few tens of microseconds; sleeps while the pool is in use. Where the pool is
+  /// never seen at rest, a thread works for kSlice after each kPatience, so that what it builds
+  /// does come: fewer than one step in a hundred meets that.
   void operator()() {
     if (steps_ == nullptr || !steps_->in_use()) return;
     const Clock::time_point now = Clock::now();

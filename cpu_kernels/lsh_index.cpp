@@ -298,8 +298,7 @@ size_t LshIndex::build(const std::vector<Stretch>& stretches, ThreadPool& pool,
   return kept;
 }
 
-bool LshIndex::build_one(const Stretch& stretch, ThreadPool& pool,
-                         const ThreadPool* gives_way_to) {
+bool LshIndex::build_one(const Stretch& stretch, ThreadPool& pool, const ThreadPool* gives_way_to) {
   if (!current(stretch) || holds(stretch)) return false;
   const std::shared_ptr<Segment> segment = allocate(stretch);
   if (!segment) return false;

@@ -399,7 +399,9 @@ inline Vec operator*(Vec a, Vec b) { MAGICPIG_LANEWISE(Vec, a.v[i] * b.v[i]); }
 inline Vec operator/(Vec a, Vec b) { MAGICPIG_LANEWISE(Vec, a.v[i] / b.v[i]); }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { MAGICPIG_LANEWISE(Vec, a.v[i] * b.v[i] + c.v[i]); }
 inline Vec square_root(Vec x) { MAGICPIG_LANEWISE(Vec, sqrtf(x.v[i])); }
-inline Vec absolute(Vec x) { MAGICPIG_LANEWISE(Vec, float_of_bits(bits_of_float(x.v[i]) & 0x7fffffff)); }
+inline Vec absolute(Vec x) {
+  MAGICPIG_LANEWISE(Vec, float_of_bits(bits_of_float(x.v[i]) & 0x7fffffff));
+}
 inline Vec round_nearest(Vec x) {
   // Adding 1.5 * 2^23 leaves no bits for a fraction; |x| stays far below 2^22.
   MAGICPIG_LANEWISE(Vec, (x.v[i] + 12582912.0f) - 12582912.0f);
@@ -418,10 +420,10 @@ inline Vec to_float(IntVec x) { MAGICPIG_LANEWISE(Vec, static_cast<float>(x.v[i]
 inline Vec gather(const float* table, IntVec index) { MAGICPIG_LANEWISE(Vec, table[index.v[i]]); }
 inline Vec power_of_two(Vec e) {
   // NaN takes the other branch: it has no integer.
-  MAGICPIG_LANEWISE(Vec,
-                    e.v[i] >= -126
-                        ? float_of_bits(static_cast<uint32_t>(static_cast<int32_t>(e.v[i]) + 127) << 23)
-                        : 0.0f);
+  MAGICPIG_LANEWISE(
+      Vec, e.v[i] >= -126
+               ? float_of_bits(static_cast<uint32_t>(static_cast<int32_t>(e.v[i]) + 127) << 23)
+               : 0.0f);
 }
 inline Vec split_exponent(Vec x, Vec* exponent) {
   Vec mantissa;

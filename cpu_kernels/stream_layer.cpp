@@ -117,8 +117,8 @@ void StreamLayer::decode(const StepContents& contents, const float* center) {
   const DecodeExchange& exchange = parts_.exchange;
   const size_t num_heads =
       static_cast<size_t>(requests.size) * static_cast<size_t>(exchange.num_q_heads);
-  const ptrdiff_t head_bytes = static_cast<ptrdiff_t>(
-      static_cast<size_t>(parts_.pages->layout().head_size) * sizeof(float));
+  const ptrdiff_t head_bytes =
+      static_cast<ptrdiff_t>(static_cast<size_t>(parts_.pages->layout().head_size) * sizeof(float));
   DecodeInput input = {};
   input.query = {reinterpret_cast<const uint8_t*>(exchange.query),
                  head_bytes * exchange.num_q_heads, head_bytes};

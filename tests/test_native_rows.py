@@ -1,4 +1,4 @@
-"""Queries and outputs of decode_attention in any dtype, as tensors or arrays, and hashed in the call."""
+"""Queries and outputs of decode_attention in any dtype, tensors or arrays, and hashed in the call."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 Rows: TypeAlias = npt.NDArray[Any]  # of row dtype
 
@@ -223,13 +224,13 @@ def decode_attention(
     pages: Pages,
     rule: SampleRule | None,
     index: LshIndex | None,
-    query: npt.NDArray[np.generic],
+    query: torch.Tensor | npt.NDArray[np.generic],
     query_codes: SimHash | npt.NDArray[np.uint16] | None,
     center: npt.NDArray[np.float32] | None,
     block_tables: npt.NDArray[np.int32],
     seq_lens: npt.NDArray[np.int32],
-    out: npt.NDArray[np.generic],
-    lse: npt.NDArray[np.float32],
+    out: torch.Tensor | npt.NDArray[np.generic],
+    lse: npt.NDArray[np.float32] | None,
     *,
     scale: float,
     exact_below: int,
@@ -238,8 +239,8 @@ def decode_attention(
 ) -> tuple[npt.NDArray[np.int32], int, int, int]:
     """One decode step: attention of one query per request over its pages.
 
-    query: [num_reqs, num_q_heads, head_size], whole rows contiguous, float32 or the pages' row dtype
-    (16-bit ones as uint16); query_codes: uint16 [num_reqs, num_q_heads, code_words], or the hash of the
+    query: [num_reqs, num_q_heads, head_size], whole rows contiguous, float32 or the pages' row dtype (of
+    arrays 16-bit ones as uint16); query_codes: uint16 [num_reqs, num_q_heads, code_words], or the hash of the
     keys, which then makes them; center: float32 [num_kv_heads, head_size]; block_tables: int32
     [num_reqs, max_blocks]; seq_lens: int32 [num_reqs], the query's own token included; out: like
     query, but contiguous and float32 or the pages' row dtype, and lse: float32 [num_reqs, num_q_heads]

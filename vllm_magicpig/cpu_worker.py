@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_magicpig import capacity
 from vllm_magicpig.backend import backend_with_codes
 from vllm_magicpig.cpus import builder_cpus, kernel_cpus
 from vllm_magicpig.host_layer import HostLayer
-from vllm_magicpig.worker import MagicPigWorker
+from vllm_magicpig.huge_pages import huge_page_bytes, renew_on_huge_pages
+from vllm_magicpig.worker import MagicPigWorker, logger
 
 
 class MagicPigCPUWorker(MagicPigWorker, CPUWorker):
@@ -23,6 +26,7 @@ class MagicPigCPUWorker(MagicPigWorker, CPUWorker):
         return builder_cpus(self._kernel_cpus())
 
     def _bind_layers(self, kv_cache_config: Any) -> None:
+        self._use_huge_pages([layer.kv_cache for layer, _ in self._sampled_layers()])
         for layer, impl in self._sampled_layers():
             impl.bind(
                 HostLayer(
@@ -38,3 +42,16 @@ class MagicPigCPUWorker(MagicPigWorker, CPUWorker):
                     self._max_index_bytes(impl.num_kv_heads, kv_cache_config.num_blocks),
                 )
             )
+
+    def _use_huge_pages(self, kv_caches: list[torch.Tensor]) -> None:
+        """vLLM has just zeroed these tensors, on small pages."""
+        cpus = sorted(set(self._kernel_cpus()))
+        spans = [(kv_cache.data_ptr(), kv_cache.nbytes) for kv_cache in kv_caches]
+        for start, size in spans:
+            renew_on_huge_pages(start, size, cpus)
+        logger.info(
+            "magicpig: %.2f GiB of pages, %.2f GiB of it on huge pages; kernel on CPUs %s",
+            sum(size for _, size in spans) / capacity.GIB,
+            huge_page_bytes(spans) / capacity.GIB,
+            ",".join(map(str, cpus)),
+        )

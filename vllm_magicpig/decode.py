@@ -57,7 +57,8 @@ class DecodeKernel:
             pool=self.pool,
         )
 
-        middles = step.decode_lens.astype(np.int64) - self.options.sink_tokens - self.options.window_tokens
+        sinks_and_window = self.options.sink_tokens + self.options.window_tokens
+        middles = step.decode_lens.astype(np.int64) - sinks_and_window
         self.stats.record(rows, middles)
         self.stats.hash_ns += hash_ns
         self.stats.lookup_ns += lookup_ns

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from vllm_magicpig.device import Device
-
-HUGE_PAGE_BYTES = 2 << 20
-_TOUCH_BYTES = 256 << 20  # per task, some 50 ms
+from vllm_magicpig.huge_pages import HUGE_PAGE_BYTES, huge_page_bytes, touch
 
 
 class HostPool:
@@ -58,7 +53,7 @@ class HostPool:
         done = 0
         for layer, size in enumerate(layer_bytes):
             region = self.layer(layer)
-            _touch(region, cpus)
+            touch(region.data_ptr(), region.nbytes, cpus)
             try:
                 device.register(region)
             except RuntimeError as error:
@@ -78,7 +73,7 @@ class HostPool:
 
     def huge_page_bytes(self) -> int:
         """How much of the pool the kernel backs with huge pages."""
-        return sum(_huge_page_bytes(self._memory.data_ptr(), self._memory.nbytes))
+        return huge_page_bytes([(self._memory.data_ptr(), self._memory.nbytes)])
 
     def close(self) -> None:
         """Unpins; nothing may be running on the device that uses the pool."""
@@ -118,34 +113,6 @@ def _meminfo(name: str) -> int:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/meminfo has no {name}; set host_kv_cache_gib.")
-
-
-def _touch(region: torch.Tensor, cpus: Sequence[int]) -> None:
-    """Writes zeros from threads on these CPUs."""
-
-    def pin(cpu: int) -> None:
-        os.sched_setaffinity(0, {cpu})
-
-    def zero(start: int) -> None:
-        size = min(_TOUCH_BYTES, region.nbytes - start)
-        ctypes.memset(region.data_ptr() + start, 0, size)  # without the interpreter lock
-
-    starts = range(0, region.nbytes, _TOUCH_BYTES)
-    waiting = iter(cpus)
-    with ThreadPoolExecutor(len(cpus), initializer=lambda: pin(next(waiting))) as threads:
-        list(threads.map(zero, starts))
-
-
-def _huge_page_bytes(start: int, size: int) -> Iterator[int]:
-    """AnonHugePages of the mappings that overlap [start, start + size), from /proc/self/smaps."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        head = line.split()[0]
-        if "-" in head and not head.endswith(":"):
-            low, high = (int(part, 16) for part in head.split("-"))
-            inside = low < start + size and high > start
-        elif inside and head == "AnonHugePages:":
-            yield int(line.split()[1]) * 1024
 
 
 def _gib(num_bytes: int) -> str:

@@ -125,8 +125,7 @@ class SampleSpy:
             self._calls += 1
             if self._calls % self._every == 0 and rule is not None and len(seq_lens) == 1:
                 shared = {name: options[name] for name in ("isa", "pool")}
-                vectors = torch.from_numpy(query).view(torch.bfloat16).float().numpy()
-                codes = hasher.hash(vectors, None, **shared)
+                codes = hasher.hash(query.float().numpy(), None, **shared)
                 heads = _C.sample(pages, rule, index, codes, block_tables, seq_lens, **shared)[0]
                 positions = np.concatenate([found for found, _, _ in heads])
                 self.positions.append((int(seq_lens[0]), positions))
