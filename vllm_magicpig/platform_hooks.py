@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from vllm_magicpig import BACKEND_NAME
 from vllm_magicpig.config import MagicPigOptions, parse_options
+from vllm_magicpig.metrics import expose
 from vllm_magicpig.support import check_config
 
 
@@ -55,6 +56,7 @@ class MagicPigHooks:
             vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
         if vllm_config.parallel_config.worker_cls == cls.platform_worker:
             vllm_config.parallel_config.worker_cls = cls.magicpig_worker
+        expose(vllm_config)
 
     @classmethod
     def set_block_size(cls, cache_config: Any) -> None:

@@ -149,9 +149,7 @@ def summarise(
         total_ns: int = sum(getattr(layer, name) for layer in layers)
         return total_ns / 1e3 / max(steps, 1)
 
-    def percentile(q: float) -> float:
-        return float(np.percentile(recent, q)) if recent.size else 0.0
-
+    p50, p99 = np.percentile(recent, [50, 99]) if recent.size else (0.0, 0.0)
     return MagicPigStats(
         sampled_layers=len(layers),
         dense_layers=dense_layers,
@@ -171,8 +169,8 @@ def summarise(
         sampled_rows=rows,
         middle_rows=middle,
         sampled_rows_mean=rows / max(heads, 1),
-        sampled_rows_p50=percentile(50),
-        sampled_rows_p99=percentile(99),
+        sampled_rows_p50=float(p50),
+        sampled_rows_p99=float(p99),
         sampled_fraction=rows / max(middle, 1),
         hash_us_per_step=us_per_step("hash_ns"),
         lookup_us_per_step=us_per_step("lookup_ns"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ QUESTION = recall_model.haystack(5000, num_chains=3, seed=5).question(1)
 class Served:
     said: list[str]
     stats: dict[str, Any]
+    shown: str
     processes: list[str]
     processes_left: list[str]
     centers: Path
@@ -46,8 +48,15 @@ def served(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
         processes = _group_members(server.process_group)
         said = server.complete(QUESTION.prompt, 6).text.split()
         stats = server.stats()
+        shown = _shown_stats(server.url)
         server.call("magicpig_save_centers", str(centers))
-    return Served(said, stats, processes, _group_members(server.process_group), centers)
+    return Served(said, stats, shown, processes, _group_members(server.process_group), centers)
+
+
+def _shown_stats(url: str) -> str:
+    """What `vllm-magicpig stats` prints, in a process of its own as a user's."""
+    command = [sys.executable, "-m", "vllm_magicpig.cli", "stats", url]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd="/").stdout
 
 
 def _group_members(process_group: int) -> list[str]:
@@ -69,6 +78,19 @@ def test_a_server_reports_what_it_did(served: Served) -> None:
         assert stats[f"{part}_us_per_step"] > 0
 
 
+def test_a_server_shows_the_same_without_the_development_route(served: Served) -> None:
+    """And at once: an idle worker has written its last steps, however short they were."""
+    stats, shown = served.stats, served.shown
+    assert "requests        1 finished, 0 running, 0 waiting" in shown
+    assert f"sampled       {100 * stats['sampled_fraction']:.2f} % of the middle" in shown
+    assert f"rows          {stats['sampled_rows_mean']:.0f} per query head and token" in shown
+    assert "over 5 steps" in shown
+    for stage in ("hash", "lookup", "attend"):
+        assert f"{stage} {stats[f'{stage}_us_per_step']:.0f} us" in shown
+    assert f"MiB of pages for {stats['page_tokens']} tokens" in shown
+    assert f"index memory  {stats['index_bytes'] / 2**20:.1f} MiB" in shown
+
+
 def test_a_server_leaves_no_process_behind(served: Served) -> None:
     assert len(served.processes) >= 3
     assert served.processes_left == []
@@ -87,11 +109,16 @@ def test_two_ranks_load_their_heads_of_a_calibration_file(
         before = server.call("magicpig_stats")
         said = server.complete(QUESTION.prompt, 6).text.split()
         after = server.call("magicpig_stats")
+        shown = _shown_stats(server.url)
     assert [stats["centers_frozen"] for stats in before] == [1, 1]
     assert tuple(said[1:]) == QUESTION.answer[1:]
     for stats in after:
         assert stats["sampled_heads"] == 5 * 2, "each rank has two of the four query heads"
         assert 0 < stats["sampled_fraction"] < 0.05
+    ranks = shown.split("\nengine 0, rank ")[1:]
+    assert len(ranks) == 2
+    for stats, rank in zip(after, ranks, strict=True):
+        assert f"sampled       {100 * stats['sampled_fraction']:.2f} % of the middle" in rank
 
 
 def test_a_wrong_option_ends_the_start_with_its_sentence(model: Path, tmp_path: Path) -> None:
