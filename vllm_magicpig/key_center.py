@@ -73,8 +73,11 @@ def save_centers(
 
 
 def check_centers(path: str | Path, num_layers: int, num_kv_heads: int) -> None:
-    """Raises ValueError where a calibration file is of another model; both numbers are those of all
-    ranks. A file that says nothing of its layers (`magicpig_save_centers`) is judged by those it has."""
+    """Raises ValueError where a calibration file is of another model.
+
+    num_layers, num_kv_heads: of the model, all ranks together. A file that does not say how many layers
+    its model had (`magicpig_save_centers`) is judged by those it holds.
+    """
     centers = load_centers(path)
     with safe_open(str(path), framework="pt") as file:
         held_layers = (file.metadata() or {}).get("num_layers")
