@@ -117,7 +117,7 @@ def test_as_many_layers_are_held_as_memory_allows(memory: int, groups: list[list
 
 
 def figures_of(layer_index: int, fraction: float, error: float) -> LayerMeasure:
-    """9 queries at half the error, and one of ten times the error: the p90 lies between them."""
+    """80 of 100 queries at half the error, so that the p90 is `error` and the median is not."""
     errors = np.full(100, error / 2)
     errors[-20:] = error
     return LayerMeasure(layer_index, np.full((100, 2), fraction), np.zeros((100, 2)), errors)
@@ -332,6 +332,7 @@ def wrong_input(model: Path, folder: Path) -> dict[str, tuple[list[Any], str]]:
         "short": ([model, [long, short], output], "short.txt has 500 tokens, but 596 are needed"),
         "cut": ([model, [long], output, "--max-tokens", "99"], "long.txt has 99 tokens, but 596"),
         "folder": ([model, [long], folder / "x" / "o"], "whose folder does not exist"),
+        "json": ([model, [long], folder / "o.json"], "o.json, but the figures go there"),
         "queries": ([model, [long], output, "--queries", "0"], "--queries is 0, but must be 1 or"),
         "sampled": ([model, [long], output, "--max-sampled", "3"], "--max-sampled is 3.0, but"),
         "memory": ([model, [long], output, "--memory-gib", "0"], "--memory-gib is 0.0, but"),
@@ -345,6 +346,7 @@ WRONG = (
     "short",
     "cut",
     "folder",
+    "json",
     "queries",
     "sampled",
     "memory",

@@ -59,10 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--candidates",
-        metavar="K,L[,min_matches[,rows]]",
+        metavar="CANDIDATE",
         nargs="+",
         default=list(CANDIDATES),
-        help=f"what to compare; default {' '.join(CANDIDATES)}",
+        help="what to compare, each as K,L[,min_matches[,rows]]; default " + " ".join(CANDIDATES),
     )
     add(
         "--max-sampled",
@@ -112,6 +112,11 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.output.absolute().parent.is_dir():
         raise ValueError(
             f"--output is {arguments.output}, whose folder does not exist; make it or name another."
+        )
+    if arguments.output.suffix == ".json":
+        raise ValueError(
+            f"--output is {arguments.output}, but the figures go there; name the calibration file "
+            ".safetensors."
         )
     from vllm_magicpig.accuracy import tune_measure, tune_model, tune_report
     from vllm_magicpig.accuracy.transformers_attention import CapturedLayer, capture

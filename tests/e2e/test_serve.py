@@ -13,7 +13,20 @@ import pytest
 import recall_model
 from serving import VllmServer
 
-ARGUMENTS = ("--enforce-eager", "--max-model-len", "6000", "--kv-cache-memory-bytes", "500000000")
+from vllm_magicpig.cli import main
+from vllm_magicpig.key_center import load_centers
+
+CHUNK = 2048
+"""Tokens of a prefill step. A centre is frozen from the first that has 512 or more."""
+ARGUMENTS = (
+    "--enforce-eager",
+    "--max-model-len",
+    "6000",
+    "--kv-cache-memory-bytes",
+    "500000000",
+    "--max-num-batched-tokens",
+    str(CHUNK),
+)
 QUESTION = recall_model.haystack(5000, num_chains=3, seed=5).question(1)
 
 
@@ -96,14 +109,37 @@ def test_a_server_leaves_no_process_behind(served: Served) -> None:
     assert served.processes_left == []
 
 
+@pytest.fixture(scope="module")
+def tuned(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of `vllm-magicpig tune` for the first chunk of what the server was asked first."""
+    folder = tmp_path_factory.mktemp("tuned")
+    (folder / "prompt.txt").write_text(QUESTION.prompt)
+    output = folder / "calibration.safetensors"
+    command = ["tune", str(model), "--prompts", str(folder / "prompt.txt"), "--output", str(output)]
+    assert (
+        main([*command, "--candidates", "10,150", "--queries", "2", "--max-tokens", str(CHUNK)])
+        == 0
+    )
+    return output
+
+
+def test_tune_finds_the_centre_that_the_engine_froze(served: Served, tuned: Path) -> None:
+    """From the same tokens; both round keys to bfloat16, perhaps of sums in another order."""
+    engine, found = load_centers(served.centers), load_centers(tuned)
+    assert sorted(engine) == [1]
+    assert sorted(found) == [0, 1]
+    difference = (engine[1] - found[1]).norm(dim=-1) / found[1].norm(dim=-1)
+    assert difference.max() < 2**-8
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two CPUs")
 def test_two_ranks_load_their_heads_of_a_calibration_file(
-    model: Path, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = sorted(os.sched_getaffinity(0))[:2]
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{first}|{second}")
     arguments = (*ARGUMENTS, "--tensor-parallel-size", "2")
-    options = {"center": str(served.centers)}
+    options = {"center": str(tuned)}
     log = tmp_path / "serve.log"
     with VllmServer(model, "magicpig", *arguments, options=options, log_path=log) as server:
         before = server.call("magicpig_stats")
