@@ -119,11 +119,22 @@ class Method(ABC):
         self.observe(k)
         if len(middle) >= max(self.options.exact_below, 1):
             limit = reference.row_limit(len(middle), self.settings.rows) or len(middle)
-            added = self.log_weights(Step(q, k, inner, self.scale, middle, limit))
+            step = Step(q, k, inner, self.scale, middle, limit)
+            added = self.log_weights(step)
             rows = (added > -math.inf).sum(1)
-            inner += added
-        weights = torch.softmax(logits, dim=-1).reshape(num_kv_heads, -1, n)
-        return (weights @ v).flatten(0, 1).to(queries.dtype), rows
+            out = self.output(step, logits, v, added)
+        else:
+            out = softmax_attention(logits, v)
+        return out.to(queries.dtype), rows
+
+    def output(
+        self, step: Step, logits: torch.Tensor, values: torch.Tensor, added: torch.Tensor
+    ) -> torch.Tensor:
+        """The estimate, float [num_q_heads, head_size]. logits: [num_q_heads, n], of all tokens, of
+        which step.logits is a view; values: [num_kv_heads, n, head_size]; added: of `log_weights`."""
+        weighted = logits.clone()
+        weighted[:, step.middle.start : step.middle.stop] += added
+        return softmax_attention(weighted, values)
 
     def generator(self, device: torch.device) -> torch.Generator:
         """Of this layer's draws since the last reset."""
@@ -131,6 +142,12 @@ class Method(ABC):
             seed = reference.layer_seed(self.settings.seed, self.layer_index)
             self._draws = torch.Generator(device).manual_seed(seed)
         return self._draws
+
+
+def softmax_attention(logits: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """logits: [num_q_heads, n]; values: [num_kv_heads, n, head_size]. Returns [num_q_heads, head_size]."""
+    weights = torch.softmax(logits, dim=-1).reshape(len(values), -1, logits.shape[1])
+    return torch.bmm(weights, values).flatten(0, 1)
 
 
 class Exact(Method):
@@ -240,29 +257,42 @@ class MagicPig(Method):
     def log_weights(self, step: Step) -> torch.Tensor:
         if self.options.is_exact or self.keys.center is None:
             return torch.zeros_like(step.logits)
+        return self.sample_weights(step)
+
+    def sample_weights(self, step: Step) -> torch.Tensor:
+        """`log_weights` where keys are hashed: -log u of what is sampled."""
         mask, t, fraction = self.sample(step)
         table = tail_table(self.options.K, self.options.L)
-        log_u = table.log_mixed(self._collision_probability(step), t[:, None], fraction[:, None])
+        p = self.collision_probability(step, self.logit_bounds(step))
+        log_u = table.log_mixed(p, t[:, None], fraction[:, None])
         return torch.where(mask, -log_u, -math.inf).to(step.logits.dtype)
 
     def sample(self, step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(mask: bool [num_q_heads, m], t: int64 and r: float64 [num_q_heads]) as in `pick_best`."""
         query_codes = self.keys.hash_queries(step.queries)
-        inside = slice(step.middle.start, step.middle.stop)
-        counts = count_matches(query_codes, self.keys.codes[:, :, inside])
+        counts = self.matches(step, query_codes)
         phases = tie_phases(self.options.seed, step.keys.shape[1], query_codes, self.options.K)
         return pick_best(counts, self.options.min_matches, step.limit, phases)
 
-    def _collision_probability(self, step: Step) -> torch.Tensor:
+    def matches(self, step: Step, query_codes: torch.Tensor) -> torch.Tensor:
+        """Tables in which each row of the middle matches: int16 [num_q_heads, m]."""
+        return count_matches(
+            query_codes, self.keys.codes[:, :, step.middle.start : step.middle.stop]
+        )
+
+    def logit_bounds(self, step: Step) -> torch.Tensor:
+        """scale |q| |k - mu|: float [num_q_heads, m]."""
+        norms = self.keys.norms[:, step.middle.start : step.middle.stop].to(step.logits)
+        query_norms = step.queries.norm(dim=-1).reshape(len(norms), -1, 1)
+        return step.scale * (query_norms * norms[:, None]).flatten(0, 1)
+
+    def collision_probability(self, step: Step, logit_bounds: torch.Tensor) -> torch.Tensor:
         """p of one bit, [num_q_heads, m]; twin of `reference.collision_probability`."""
         assert self.keys.center is not None
-        num_kv_heads = len(step.keys)
-        grouped = step.queries.reshape(num_kv_heads, -1, step.queries.shape[1])
         center = self.keys.center.to(step.queries)
-        shift = (grouped @ center[:, :, None]).flatten(0, 1)
-        norms = self.keys.norms[:, step.middle.start : step.middle.stop].to(step.logits)
-        size = (grouped.norm(dim=-1)[:, :, None] * norms[:, None]).flatten(0, 1)
-        cosine = torch.where(size > 0, (step.logits / step.scale - shift) / size, 0.0)
+        grouped = step.queries.reshape(len(center), -1, center.shape[1])
+        shift = step.scale * torch.bmm(grouped, center[:, :, None]).flatten(0, 1)
+        cosine = torch.where(logit_bounds > 0, (step.logits - shift) / logit_bounds, 0.0)
         return 1 - torch.arccos(cosine.clamp(-1, 1)) / math.pi
 
 

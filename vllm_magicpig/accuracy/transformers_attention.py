@@ -215,7 +215,12 @@ AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 def _observed(model: Any, run: Observer) -> Iterator[None]:
     """Attention of `model` goes through `run` meanwhile."""
     config = model.config
-    modules = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+    modules = [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "layer_idx", None), int)
+        and getattr(module, "is_causal", False)
+    ]
     if (
         getattr(config, "is_encoder_decoder", False)
         or not getattr(model, "_supports_attention_backend", False)
@@ -226,14 +231,15 @@ def _observed(model: Any, run: Observer) -> Iterator[None]:
             "whose attention goes through transformers' AttentionInterface; choose another model."
         )
     before = config._attn_implementation
+    outer = [getattr(module, _OBSERVER, None) for module in modules]
     model.set_attn_implementation(ATTENTION_NAME)
     for module in modules:
         setattr(module, _OBSERVER, run)
     try:
         yield
     finally:
-        for module in modules:
-            delattr(module, _OBSERVER)
+        for module, observer in zip(modules, outer, strict=True):
+            setattr(module, _OBSERVER, observer)
         model.set_attn_implementation(before)
 
 
