@@ -106,6 +106,20 @@ def test_every_rank_is_shown(server: Server, capsys: pytest.CaptureFixture[str])
     assert "1.0 MiB in 2 segments (3 built, 0 reused, 1 refused" in first
 
 
+def test_a_server_that_was_asked_nothing_yet(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stats = summarise(
+        [LayerStats()], [PageUse(0, 0)], dense_layers=1, centers_frozen=0, threads=1, isa="avx2"
+    )
+    StatsFile("abcde", 0, 0).write(stats.to_dict())
+    server.text = metrics()
+    assert main(["stats", server.url]) == 0
+    shown = capsys.readouterr().out
+    assert "0 finished, 0 running, 0 waiting" in shown
+    assert "time per step 0 us in all, over 0 steps" in shown
+
+
 def test_an_engine_is_shown_once_its_configuration_is_made(tmp_path: Path) -> None:
     """vLLM's registry of this process, as the API server's."""
     publish(0, 2000)
