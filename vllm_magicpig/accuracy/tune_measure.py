@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -103,40 +103,37 @@ def measure(captured: CapturedLayer, candidates: Sequence[MagicPigOptions]) -> l
 
     A middle shorter than `exact_below` is sampled too: it stands for a longer one.
     """
-    layer_index, scale = captured.layer_index, captured.scale
-    methods = [
-        make_method(
-            MethodSettings(
-                "magicpig", rows=options.rows or 0.0, options=replace(options, exact_below=0)
-            ),
-            layer_index,
-            scale,
-        )
-        for options in candidates
-    ]
-    for method in methods:
-        method.observe(captured.keys)  # hashes all keys at once
-    exact_method = make_method(MethodSettings("exact"), layer_index, scale)
+    exact_method = make_method(MethodSettings("exact"), captured.layer_index, captured.scale)
+    exact = [exact_method.attend(*step)[0] for step in _steps(captured)]
+    # One after another: the codes of a long prompt take as much as its keys.
+    return [_measure_one(captured, options, exact) for options in candidates]
+
+
+def _measure_one(
+    captured: CapturedLayer, options: MagicPigOptions, exact: Sequence[torch.Tensor]
+) -> LayerMeasure:
+    """exact: [num_q_heads, head_size] of each captured query."""
+    settings = MethodSettings(
+        "magicpig", rows=options.rows or 0.0, options=replace(options, exact_below=0)
+    )
+    method = make_method(settings, captured.layer_index, captured.scale)
+    method.observe(captured.keys)  # hashes all keys at once
     num_queries, num_heads, _ = captured.queries.shape
-    fractions = np.empty((len(methods), num_queries, num_heads))
-    head_errors, errors = np.empty_like(fractions), np.empty_like(fractions[..., 0])
-    for q, position in enumerate(captured.query_positions.tolist()):
-        seen = (
-            captured.queries[q],
-            captured.keys[:, : position + 1],
-            captured.values[:, : position + 1],
-        )
-        exact = exact_method.attend(*seen)[0]
-        for c, (method, options) in enumerate(zip(methods, candidates, strict=True)):
-            out, rows = method.attend(*seen)
-            middle = position + 1 - options.sink_tokens - options.window_tokens
-            fractions[c, q] = rows.numpy() / middle
-            head_errors[c, q] = relative_error(out, exact).numpy()
-            errors[c, q] = relative_error(out.flatten(), exact.flatten()).numpy()
-    return [
-        LayerMeasure(layer_index, fractions[c], head_errors[c], errors[c])
-        for c in range(len(methods))
-    ]
+    fractions = np.empty((num_queries, num_heads))
+    head_errors, errors = np.empty_like(fractions), np.empty(num_queries)
+    for q, (step, truth) in enumerate(zip(_steps(captured), exact, strict=True)):
+        out, rows = method.attend(*step)
+        middle = step[1].shape[1] - options.sink_tokens - options.window_tokens
+        fractions[q] = rows.numpy() / middle
+        head_errors[q] = relative_error(out, truth).numpy()
+        errors[q] = relative_error(out.flatten(), truth.flatten()).numpy()
+    return LayerMeasure(captured.layer_index, fractions, head_errors, errors)
+
+
+def _steps(captured: CapturedLayer) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """q, k and v of one decode step after another: a query sees keys up to its own position."""
+    for query, position in zip(captured.queries, captured.query_positions.tolist(), strict=True):
+        yield query, captured.keys[:, : position + 1], captured.values[:, : position + 1]
 
 
 def relative_error(out: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
