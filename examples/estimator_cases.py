@@ -108,8 +108,8 @@ def load_model(path: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SystemExit(
-            f"model {path!r} cannot be loaded ({reason}); give the folder or the hub's name of a causal "
-            "language model."
+            f"model {path!r} cannot be loaded ({reason}); give the folder or the hub's name of a "
+            "causal language model."
         ) from error
     return model.eval(), tokenizer
 

@@ -7,9 +7,9 @@
     python examples/estimator_error.py --compare centring,tables
 
 For accuracy only: everything is plain PyTorch. Errors are |out - exact| / |exact| of a decode step,
-and percentiles run over queries, query heads and seeds. Methods (top-k and oracle sampling know the
-true logits, and are bounds, not methods) and estimators are those of vllm_magicpig/accuracy; "native" is
-the paper's sample without a budget, "B" what the engine does with the option `rows`.
+and percentiles run over queries, query heads and seeds. Methods and estimators are those of
+vllm_magicpig/accuracy: top-k and oracle-sampling know the true logits and are bounds; "native" is the
+paper's sample, without a budget; "B" is what the engine does with the option `rows`.
 
 Writes estimator_error.json, a plot of error against rows and one of sample sizes.
 """
@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
 from bench_geometries import GEOMETRIES
 from bench_report import Report, parser
 from estimator_cases import (
@@ -75,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--model", help="folder or hub name of a causal language model")
     options.add_argument("--text", type=Path, help="plain text that --model reads")
     options.add_argument("--layers", type=_integers, help="of --model; default all")
-    options.add_argument("--trained-here", action="store_true", help="3 to 4 minutes more")
+    options.add_argument("--trained-here", action="store_true", help="a few minutes more")
     options.add_argument("--training-steps", type=int, default=700)
     options.add_argument("--compare", type=_comparisons, default=[], help=",".join(COMPARISONS))
     given = options.parse_args(argv)
@@ -139,9 +138,9 @@ def _trained(given: argparse.Namespace, report: Report) -> Iterator[Case]:
     model, facts = train(steps=given.training_steps, long_tokens=given.tokens)
     report.add("training", facts)
     print(
-        f"trained for {facts.steps} steps, {facts.seconds:.0f} s: loss {facts.loss:.2f}; recalls "
-        f"{100 * facts.recall:.0f} % of the pairs in short texts, {100 * facts.long_recall:.0f} % at "
-        f"{facts.long_tokens} tokens"
+        f"trained for {facts.steps} steps, {facts.seconds:.0f} s: loss {facts.loss:.2f}; answers "
+        f"{100 * facts.recall:.0f} % of the questions at {facts.train_tokens} tokens, "
+        f"{100 * facts.long_recall:.0f} % at {facts.long_tokens} (chance: 25 %)"
     )
     texts = [corpus(given.tokens, seed=10 + seed) for seed in range(given.seeds)]
     yield from captured_cases("trained here", model, texts, given.steps, None)
@@ -197,5 +196,4 @@ def _comparisons(text: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(True)
     raise SystemExit(main())

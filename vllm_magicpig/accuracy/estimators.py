@@ -221,8 +221,9 @@ ESTIMATORS: dict[str, type[MagicPig]] = {
 def make_estimator(
     name: str, rows: float, options: MagicPigOptions, layer_index: int, scale: float, seed: int = 0
 ) -> MagicPig:
-    """name: one of ESTIMATORS; rows: fraction of the middle that a query head may gather, which "native"
-    takes no notice of; seed: of the draws beside the hyperplanes."""
+    """name: one of ESTIMATORS; rows: fraction of the middle that a query head may gather, which
+    "native" takes no notice of; seed: of the draws beside the hyperplanes. ValueError for another.
+    """
     if name not in ESTIMATORS:
         raise ValueError(f"estimator {name!r} is unknown; choose one of {', '.join(ESTIMATORS)}.")
     settings = MethodSettings("magicpig", 0.0 if name == "native" else rows, options, seed)

@@ -145,7 +145,8 @@ class Method(ABC):
 
 
 def softmax_attention(logits: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """logits: [num_q_heads, n]; values: [num_kv_heads, n, head_size]. Returns [num_q_heads, head_size]."""
+    """logits: [num_q_heads, n]; values: [num_kv_heads, n, head_size], of the same dtype. Returns
+    [num_q_heads, head_size]."""
     weights = torch.softmax(logits, dim=-1).reshape(len(values), -1, logits.shape[1])
     return torch.bmm(weights, values).flatten(0, 1)
 
@@ -284,7 +285,8 @@ class MagicPig(Method):
         """scale |q| |k - mu|: float [num_q_heads, m]."""
         norms = self.keys.norms[:, step.middle.start : step.middle.stop].to(step.logits)
         query_norms = step.queries.norm(dim=-1).reshape(len(norms), -1, 1)
-        return step.scale * (query_norms * norms[:, None]).flatten(0, 1)
+        products = torch.bmm(query_norms, norms[:, None])
+        return (step.scale * products).flatten(0, 1)
 
     def collision_probability(self, step: Step, logit_bounds: torch.Tensor) -> torch.Tensor:
         """p of one bit, [num_q_heads, m]; twin of `reference.collision_probability`."""
