@@ -78,7 +78,7 @@ class VllmServer:
             raise
         from openai import OpenAI
 
-        self._client = OpenAI(base_url=f"{self._url}/v1", api_key="none", timeout=600)
+        self._client = OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=600)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -119,7 +119,7 @@ class VllmServer:
     def call(self, method: str, *arguments: str) -> list[Any]:
         """What each worker's method answers, over the development route /collective_rpc."""
         request = urllib.request.Request(
-            f"{self._url}/collective_rpc",
+            f"{self.url}/collective_rpc",
             data=json.dumps({"method": method, "args": arguments}).encode(),
             headers={"Content-Type": "application/json"},
         )
@@ -133,7 +133,7 @@ class VllmServer:
         return self._process.pid
 
     @property
-    def _url(self) -> str:
+    def url(self) -> str:
         return f"http://127.0.0.1:{self._port}"
 
     def _wait_until_healthy(self) -> None:
@@ -151,7 +151,7 @@ class VllmServer:
                     f"{self._log_path}"
                 )
             try:
-                with urllib.request.urlopen(f"{self._url}/health", timeout=5):
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
                     _progress(f"{self._name}: serving after {waited:.0f} s", last=True)
                     return
             except (urllib.error.URLError, OSError):

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_magicpig.key_center import MIN_KEYS, KeyCenter, load_centers, save_centers
+from vllm_magicpig.key_center import (
+    MIN_KEYS,
+    KeyCenter,
+    check_centers,
+    load_centers,
+    save_centers,
+)
 
 
 def test_the_first_prompt_gives_the_mean_of_its_keys() -> None:
@@ -54,6 +60,25 @@ def test_a_file_of_another_model_is_refused(
     save_centers(path, {1: torch.zeros(4, 8)})
     with pytest.raises(ValueError, match=message):
         KeyCenter(str(path), layer_index, first, 2).prepare(head_size)
+
+
+@pytest.mark.parametrize(
+    ("about", "num_layers", "num_kv_heads", "message"),
+    [
+        ({"num_layers": "32"}, 28, 4, "has a model of 32 layers, but the model has 28"),
+        ({}, 17, 4, "has a centre for layer 17, but the model has layers 0 to 16"),
+        ({}, 18, 2, "has 4 kv heads, but the model has 2"),
+        ({"num_layers": "18"}, 18, 8, "has 4 kv heads, but the model has 8"),
+    ],
+)
+def test_a_start_with_a_file_of_another_model_is_refused(
+    tmp_path: Path, about: dict[str, str], num_layers: int, num_kv_heads: int, message: str
+) -> None:
+    path = tmp_path / "centers.safetensors"
+    save_centers(path, {1: torch.zeros(4, 8), 17: torch.zeros(4, 8)}, about)
+    with pytest.raises(ValueError, match=message):
+        check_centers(path, num_layers, num_kv_heads)
+    check_centers(path, int(about.get("num_layers", 18)), 4)
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from vllm_magicpig.stats import LayerStats, PageUse, summarise
+from vllm_magicpig.stats import LayerStats, PageUse, percentiles, summarise
 
 
 def test_sampled_and_exact_heads_are_counted_apart() -> None:
@@ -50,3 +52,14 @@ def test_nothing_served_yet() -> None:
     )
     assert summary.sampled_rows_p99 == summary.sampled_fraction == 0
     assert "refused" not in summary.line()
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 3000), max_size=40), max_size=4).filter(any),
+    st.lists(st.integers(0, 100), min_size=1, max_size=3),
+)
+def test_percentiles_are_numpys(parts: list[list[int]], percents: list[int]) -> None:
+    """Up to the rounding of one product in float64."""
+    arrays = [np.array(part, dtype=np.int32) for part in parts]
+    expected = np.percentile(np.concatenate(arrays), percents)
+    assert percentiles(arrays, percents) == pytest.approx(expected, abs=3000 * 2**-48)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 from native_helpers import Layer
 
-from vllm_magicpig.worker import MagicPigWorker
+from vllm_magicpig.published_stats import read_ranks
+from vllm_magicpig.worker import PUBLISH_INTERVAL_S, MagicPigWorker
 
 CPUS = sorted(os.sched_getaffinity(0))
+INSTANCE = "abcde"
 
 
 class VllmWorker:
@@ -23,7 +26,9 @@ class VllmWorker:
         self.vllm_config = SimpleNamespace(
             additional_config={"magicpig": options},
             compilation_config=SimpleNamespace(static_forward_context={}),
+            instance_id=INSTANCE,
         )
+        self.parallel_config = SimpleNamespace(data_parallel_index=0, rank=1)
         self.threads_at_shutdown: set[str] | None = None
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
@@ -44,7 +49,14 @@ class Worker(MagicPigWorker, VllmWorker):
         self.bound_with = self._builder
 
 
+@pytest.fixture(autouse=True)
+def folder_of_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
 STEP = SimpleNamespace(
+    total_num_scheduled_tokens=1,
+    finished_req_ids=set(),
     scheduled_new_reqs=[],
     scheduled_cached_reqs=SimpleNamespace(
         req_ids=[], new_block_ids=[], num_computed_tokens=[], resumed_req_ids=set()
@@ -96,3 +108,39 @@ def test_an_error_of_the_builder_is_a_later_steps_exception(
     monkeypatch.setattr(worker, "_builder", SimpleNamespace(raise_error=raise_error))
     with pytest.raises(RuntimeError, match="out of memory"):
         worker.execute_model(STEP)
+
+
+def test_statistics_are_published_once_a_second_and_when_the_worker_goes_idle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("vllm_magicpig.worker.time.monotonic", lambda: now)
+    worker = Worker({"K": 0})
+    written: list[float] = []
+    worker.initialize_from_config(None)
+    write = worker._stats_file.write  # type: ignore[union-attr]
+    monkeypatch.setattr(
+        worker._stats_file, "write", lambda stats: (written.append(now), write(stats))
+    )
+    for now in (100.1, 100.0 + PUBLISH_INTERVAL_S, 101.5):  # noqa: B007
+        worker.execute_model(STEP)
+    assert written == [101.0]
+    idle = SimpleNamespace(**vars(STEP) | {"total_num_scheduled_tokens": 0})
+    worker.execute_model(idle)
+    assert written == [101.0], "an empty step between steps in flight"
+    worker.execute_model(SimpleNamespace(**vars(idle) | {"finished_req_ids": {"a"}}))
+    assert written == [101.0, 101.5]
+    assert [(each.engine, each.rank) for each in read_ranks(INSTANCE)] == [(0, 1)]
+    worker.shutdown()
+    assert read_ranks(INSTANCE) == []
+
+
+def test_a_worker_that_cannot_publish_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))
+    worker = Worker({"K": 0})
+    worker.initialize_from_config(None)
+    assert worker.execute_model(STEP) == "output"
+    worker.shutdown()

@@ -15,6 +15,9 @@ SIGNATURE_WORD_BITS = 16
 """With K = 1 a table is a bit, and a token's codes are a signature of L bits in words of so many."""
 
 
+CENTERS_WITHOUT_FILE = ("first_prompt", "none")
+
+
 @dataclass(frozen=True)
 class MagicPigOptions:
     """One field per option; the README's table is the user's view of it.
@@ -71,6 +74,11 @@ class MagicPigOptions:
     def has_buckets(self) -> bool:
         """Whether matches are looked up in bucket segments; else all codes are compared."""
         return not self.is_exact and self.index != "scan" and self.K > 1
+
+    @property
+    def center_file(self) -> str | None:
+        """Path of the calibration file, None for the other ways to a centre."""
+        return None if self.center in CENTERS_WITHOUT_FILE else self.center
 
     def is_dense(self, layer_index: int) -> bool:
         if self.dense_layers is None:
@@ -199,7 +207,7 @@ def _center(value: Any) -> str:
     allowed = '"first_prompt", "none" or the path of a calibration file'
     if not isinstance(value, str) or not value:
         raise _wrong("center", value, allowed)
-    if value not in ("first_prompt", "none") and not Path(value).is_file():
+    if value not in CENTERS_WITHOUT_FILE and not Path(value).is_file():
         raise _wrong("center", value, f"{allowed}, and there is no such file")
     return value
 

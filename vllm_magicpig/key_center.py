@@ -8,6 +8,7 @@ share codes and index segments.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -69,10 +70,40 @@ class KeyCenter:
         self.value = keys.double().mean(dim=1).float()
 
 
-def save_centers(path: str | Path, centers: dict[int, torch.Tensor]) -> None:
-    """Writes a calibration file: layer index -> float32 [num_kv_heads of all ranks, head_size]."""
+def save_centers(
+    path: str | Path, centers: Mapping[int, torch.Tensor], about: Mapping[str, str] | None = None
+) -> None:
+    """Writes a calibration file: layer index -> float32 [num_kv_heads of all ranks, head_size].
+
+    about: what else to say of it, such as the num_layers of its model, which `check_centers` compares.
+    """
     tensors = {f"center.{index}": value.contiguous() for index, value in sorted(centers.items())}
-    save_file(tensors, str(path), metadata={"format": "vllm-magicpig key centres 1"})
+    metadata = {"format": "vllm-magicpig key centres 1", **(about or {})}
+    save_file(tensors, str(path), metadata=metadata)
+
+
+def check_centers(path: str | Path, num_layers: int, num_kv_heads: int) -> None:
+    """Raises ValueError where a calibration file is of another model.
+
+    num_layers, num_kv_heads: of the model, all ranks together. A file that does not say how many layers
+    its model had (`magicpig_save_centers`) is judged by those it holds.
+    """
+    centers = load_centers(path)
+    with safe_open(str(path), framework="pt") as file:
+        held_layers = (file.metadata() or {}).get("num_layers")
+    held_heads = next(iter(centers.values())).shape[0]
+    if held_layers is not None and held_layers != str(num_layers):
+        differs = f"a model of {held_layers} layers", f"{num_layers}"
+    elif max(centers) >= num_layers:
+        differs = f"a centre for layer {max(centers)}", f"layers 0 to {num_layers - 1}"
+    elif held_heads != num_kv_heads:
+        differs = f"{held_heads} kv heads", f"{num_kv_heads}"
+    else:
+        return
+    raise ValueError(
+        f"calibration file {path} has {differs[0]}, but the model has {differs[1]}; write it from this "
+        "model."
+    )
 
 
 def load_centers(path: str | Path) -> dict[int, torch.Tensor]:
@@ -86,5 +117,5 @@ def load_centers(path: str | Path) -> dict[int, torch.Tensor]:
     except Exception as error:
         raise ValueError(
             f"{path} is no calibration file of magicpig ({error}); write one with "
-            "magicpig_save_centers."
+            "`vllm-magicpig tune`."
         ) from error

@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 from vllm_magicpig import BACKEND_NAME
 from vllm_magicpig.config import MagicPigOptions, parse_options
+from vllm_magicpig.key_center import check_centers
+from vllm_magicpig.metrics import expose
 from vllm_magicpig.support import check_config
 
 
@@ -50,11 +52,19 @@ class MagicPigHooks:
         cls.set_block_size(vllm_config.cache_config)
         check_config(vllm_config)
         cls.check_options(vllm_config, options)
+        model = vllm_config.model_config
+        if model is not None and options.center_file is not None:
+            check_centers(
+                options.center_file,
+                model.get_total_num_hidden_layers(),
+                model.get_total_num_kv_heads(),
+            )
         # One block table serves sampled, dense and sliding-window layers, whose pages differ in size.
         if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager is None:
             vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
         if vllm_config.parallel_config.worker_cls == cls.platform_worker:
             vllm_config.parallel_config.worker_cls = cls.magicpig_worker
+        expose(vllm_config)
 
     @classmethod
     def set_block_size(cls, cache_config: Any) -> None:

@@ -11,12 +11,14 @@ from vllm_magicpig import _C, capacity
 from vllm_magicpig.backend import MagicPigImpl
 from vllm_magicpig.config import MagicPigOptions, parse_options
 from vllm_magicpig.key_center import save_centers
+from vllm_magicpig.published_stats import StatsFile
 from vllm_magicpig.stats import MagicPigStats, summarise
 
 # vLLM configures its own loggers only, by this prefix.
 logger = init_logger("vllm.magicpig.worker")
 
 LOG_INTERVAL_S = 10.0
+PUBLISH_INTERVAL_S = 1.0
 
 
 class MagicPigWorker:
@@ -26,6 +28,7 @@ class MagicPigWorker:
     parallel_config: Any
     _pool: _C.ThreadPool
     _builder: _C.SegmentBuilder | None = None
+    _stats_file: StatsFile | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
@@ -41,6 +44,8 @@ class MagicPigWorker:
             self._builder = _C.SegmentBuilder(self._builder_cpus(), self._pool)
         self._bind_layers(kv_cache_config)
         self._logged_at, self._logged_steps = time.monotonic(), 0
+        self._stats_file = self._make_stats_file()
+        self._publish()
         logger.info(
             "magicpig: %d layers %s, %d dense; kernels for %s on %d threads; %s",
             len(self._sampled_layers()),
@@ -57,6 +62,8 @@ class MagicPigWorker:
         if self._builder is not None:
             self._builder.raise_error()
         now = time.monotonic()
+        if now - self._published_at >= PUBLISH_INTERVAL_S or _goes_idle(scheduler_output):
+            self._publish()
         if now - self._logged_at >= LOG_INTERVAL_S:
             self._logged_at = now
             stats = self._stats()
@@ -69,6 +76,8 @@ class MagicPigWorker:
         """Nothing may build from pages that go away."""
         if self._builder is not None:
             self._builder.close()
+        if self._stats_file is not None:
+            self._stats_file.remove()
         super().shutdown()  # type: ignore[misc]
 
     def magicpig_stats(self) -> dict[str, Any]:
@@ -161,6 +170,24 @@ class MagicPigWorker:
                 for _, impl in self._sampled_layers():
                     impl.count_reuse(block_ids[0], num_computed)
 
+    def _make_stats_file(self) -> StatsFile:
+        return StatsFile(
+            self.vllm_config.instance_id,
+            self.parallel_config.data_parallel_index,
+            self.parallel_config.rank,
+        )
+
+    def _publish(self) -> None:
+        """Writes the figures that the API server shows at /metrics; serving goes on without them."""
+        self._published_at = time.monotonic()
+        if self._stats_file is None:
+            return
+        try:
+            self._stats_file.write(self._stats().to_dict())
+        except OSError as error:
+            logger.warning("magicpig: its figures will not be at /metrics: %s", error)
+            self._stats_file = None
+
     def _stats(self) -> MagicPigStats:
         impls = [impl for _, impl in self._sampled_layers()]
         return summarise(
@@ -173,3 +200,10 @@ class MagicPigWorker:
             threads=self._pool.num_threads,
             isa=self._isa.name,
         )
+
+
+def _goes_idle(scheduler_output: Any) -> bool:
+    """Whether this is the empty step that tells workers of the last finished requests."""
+    return scheduler_output.total_num_scheduled_tokens == 0 and bool(
+        scheduler_output.finished_req_ids
+    )

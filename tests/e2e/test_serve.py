@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,20 @@ import pytest
 import recall_model
 from serving import VllmServer
 
-ARGUMENTS = ("--enforce-eager", "--max-model-len", "6000", "--kv-cache-memory-bytes", "500000000")
+from vllm_magicpig.cli import main
+from vllm_magicpig.key_center import load_centers
+
+CHUNK = 2048
+"""Tokens of a prefill step. A centre is frozen from the first that has 512 or more."""
+ARGUMENTS = (
+    "--enforce-eager",
+    "--max-model-len",
+    "6000",
+    "--kv-cache-memory-bytes",
+    "500000000",
+    "--max-num-batched-tokens",
+    str(CHUNK),
+)
 QUESTION = recall_model.haystack(5000, num_chains=3, seed=5).question(1)
 
 
@@ -20,6 +34,7 @@ QUESTION = recall_model.haystack(5000, num_chains=3, seed=5).question(1)
 class Served:
     said: list[str]
     stats: dict[str, Any]
+    shown: str
     processes: list[str]
     processes_left: list[str]
     centers: Path
@@ -46,8 +61,15 @@ def served(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
         processes = _group_members(server.process_group)
         said = server.complete(QUESTION.prompt, 6).text.split()
         stats = server.stats()
+        shown = _shown_stats(server.url)
         server.call("magicpig_save_centers", str(centers))
-    return Served(said, stats, processes, _group_members(server.process_group), centers)
+    return Served(said, stats, shown, processes, _group_members(server.process_group), centers)
+
+
+def _shown_stats(url: str) -> str:
+    """What `vllm-magicpig stats` prints, in a process of its own as a user's."""
+    command = [sys.executable, "-m", "vllm_magicpig.cli", "stats", url]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd="/").stdout
 
 
 def _group_members(process_group: int) -> list[str]:
@@ -69,29 +91,70 @@ def test_a_server_reports_what_it_did(served: Served) -> None:
         assert stats[f"{part}_us_per_step"] > 0
 
 
+def test_a_server_shows_the_same_without_the_development_route(served: Served) -> None:
+    """And at once: an idle worker has written its last steps, however short they were."""
+    stats, shown = served.stats, served.shown
+    assert "requests        1 finished, 0 running, 0 waiting" in shown
+    assert f"sampled       {100 * stats['sampled_fraction']:.2f} % of the middle" in shown
+    assert f"rows          {stats['sampled_rows_mean']:.0f} per query head and token" in shown
+    assert "over 5 steps" in shown
+    for stage in ("hash", "lookup", "attend"):
+        assert f"{stage} {stats[f'{stage}_us_per_step']:.0f} us" in shown
+    assert f"MiB of pages for {stats['page_tokens']} tokens" in shown
+    assert f"index memory  {stats['index_bytes'] / 2**20:.1f} MiB" in shown
+
+
 def test_a_server_leaves_no_process_behind(served: Served) -> None:
     assert len(served.processes) >= 3
     assert served.processes_left == []
 
 
+@pytest.fixture(scope="module")
+def tuned(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of `vllm-magicpig tune` for the first chunk of what the server was asked first."""
+    folder = tmp_path_factory.mktemp("tuned")
+    (folder / "prompt.txt").write_text(QUESTION.prompt)
+    output = folder / "calibration.safetensors"
+    command = ["tune", str(model), "--prompts", str(folder / "prompt.txt"), "--output", str(output)]
+    assert (
+        main([*command, "--candidates", "10,150", "--queries", "2", "--max-tokens", str(CHUNK)])
+        == 0
+    )
+    return output
+
+
+def test_tune_finds_the_centre_that_the_engine_froze(served: Served, tuned: Path) -> None:
+    """From the same tokens; both round keys to bfloat16, perhaps of sums in another order."""
+    engine, found = load_centers(served.centers), load_centers(tuned)
+    assert sorted(engine) == [1]
+    assert sorted(found) == [0, 1]
+    difference = (engine[1] - found[1]).norm(dim=-1) / found[1].norm(dim=-1)
+    assert difference.max() < 2**-8
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two CPUs")
 def test_two_ranks_load_their_heads_of_a_calibration_file(
-    model: Path, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = sorted(os.sched_getaffinity(0))[:2]
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{first}|{second}")
     arguments = (*ARGUMENTS, "--tensor-parallel-size", "2")
-    options = {"center": str(served.centers)}
+    options = {"center": str(tuned)}
     log = tmp_path / "serve.log"
     with VllmServer(model, "magicpig", *arguments, options=options, log_path=log) as server:
         before = server.call("magicpig_stats")
         said = server.complete(QUESTION.prompt, 6).text.split()
         after = server.call("magicpig_stats")
+        shown = _shown_stats(server.url)
     assert [stats["centers_frozen"] for stats in before] == [1, 1]
     assert tuple(said[1:]) == QUESTION.answer[1:]
     for stats in after:
         assert stats["sampled_heads"] == 5 * 2, "each rank has two of the four query heads"
         assert 0 < stats["sampled_fraction"] < 0.05
+    ranks = shown.split("\nengine 0, rank ")[1:]
+    assert len(ranks) == 2
+    for stats, rank in zip(after, ranks, strict=True):
+        assert f"sampled       {100 * stats['sampled_fraction']:.2f} % of the middle" in rank
 
 
 def test_a_wrong_option_ends_the_start_with_its_sentence(model: Path, tmp_path: Path) -> None:
