@@ -215,14 +215,16 @@ class Decoder:
     def hash_queries(self, query: torch.Tensor) -> npt.NDArray[np.uint16]:
         return self.projection.hash_queries(query.float())
 
-    def decode(self, query: torch.Tensor, exact: bool = False) -> Decoded:
+    def decode(
+        self, query: torch.Tensor, exact: bool = False, output: torch.Tensor | None = None
+    ) -> Decoded:
         """What a decode step of this layer does (vllm_magicpig/decode.py), from the query to the output
         in the model's dtype; storing the new token, cheap on either side, aside.
 
-        query: bfloat16 [num_reqs, num_q_heads, head_size].
+        query: bfloat16 [num_reqs, num_q_heads, head_size]; into `output` if given, as by vLLM.
         """
         layer = self.layer
-        out = torch.empty_like(query)
+        out = torch.empty_like(query) if output is None else output
         rows, hash_ns, lookup_ns, attend_ns = _C.decode_attention(
             layer.pages,
             None if exact else self._rule,
