@@ -180,8 +180,10 @@ def _progress(message: str, last: bool = False) -> None:
 
 
 def first_error(log: Path) -> str:
-    """The message of the first exception, which is the cause of those that follow."""
+    """The message of the first exception, which is the cause of those that follow. Messages before the
+    first traceback are of exceptions that were dealt with."""
     text = log.read_text(errors="replace")
+    text = text[max(0, text.find("Traceback (most recent call last)")) :]
     # Pydantic puts the sentence below a count: "... for VllmConfig", "  Value error, <sentence>".
     wrapped = re.search(r"Value error, (.*?)(?: \[type=|$)", text, re.MULTILINE)
     message = re.search(r"\b[A-Z]\w*(?:Error|Exception): (?!.*validation error)(.*)", text)

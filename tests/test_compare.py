@@ -482,6 +482,15 @@ def test_a_failed_engine_is_reported_with_its_first_error_and_the_end_of_its_log
     assert said.count("noise") < compare.LOG_LINES
 
 
+def test_an_error_that_was_dealt_with_is_not_the_cause(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(
+        "WARNING OSError: no tokenizer here\nTraceback (most recent call last):\n  ...\n"
+        "RuntimeError: the cause\nTraceback (most recent call last):\nValueError: what followed\n"
+    )
+    assert compare.first_error(log) == "the cause"
+
+
 def test_processes_of_an_engine_end_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
