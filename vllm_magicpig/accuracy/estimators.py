@@ -59,7 +59,7 @@ class NormAware(MagicPig):
         # u0 = E[clip(c + 1 - T, 0, 1)]: all that match in more than floor(T) tables, and a part of
         # those that match in floor(T).
         least = thresholds.floor()
-        table = tail_table(self.options.K, self.options.L)
+        table = tail_table(self.options.K, self.options.L, step.logits.device)
         u0 = table.log_mixed(p, least.long(), 1 - (thresholds - least)).exp()
         u = u0 + (1 - u0) * floor
         return torch.where(mask, -torch.log(u), -math.inf).to(step.logits.dtype)

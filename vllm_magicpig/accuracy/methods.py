@@ -263,7 +263,7 @@ class MagicPig(Method):
     def sample_weights(self, step: Step) -> torch.Tensor:
         """`log_weights` where keys are hashed: -log u of what is sampled."""
         mask, t, fraction = self.sample(step)
-        table = tail_table(self.options.K, self.options.L)
+        table = tail_table(self.options.K, self.options.L, step.logits.device)
         p = self.collision_probability(step, self.logit_bounds(step))
         log_u = table.log_mixed(p, t[:, None], fraction[:, None])
         return torch.where(mask, -log_u, -math.inf).to(step.logits.dtype)
