@@ -239,8 +239,10 @@ class Quest(Method):
 class MagicPig(Method):
     """The engine's estimator: tokens whose codes match, each weighted by 1 / u (reference.py).
 
-    Hyperplanes, centre and, within a budget, the choice among ties are the engine's own, so that equal
-    codes give equal samples. Exact with K = 0 and before a prompt has fixed the centre.
+    Hyperplanes and, within a budget, the choice among ties are the engine's own, so that equal codes
+    give equal samples. The centre is the mean key of the first prompt, in the engine that of the first
+    chunk of it: pass a calibration file as `center` where both must agree. Exact with K = 0 and before
+    a prompt has fixed the centre.
     """
 
     def __init__(self, settings: MethodSettings, layer_index: int, scale: float) -> None:
