@@ -91,11 +91,15 @@ def captured_cases(
     texts: Sequence[torch.Tensor],
     steps: int,
     layers: Sequence[int] | None,
+    by_layer: bool,
 ) -> Iterator[Case]:
-    """One case per text and layer of `model`; texts: token ids, int64 [n] each."""
+    """One case per text and layer of `model`; texts: token ids, int64 [n] each; by_layer: each layer is
+    a source of its own."""
     for number, text in enumerate(texts):
         for layer in capture(model, text, steps, layers):
-            yield captured_case(source, f"layer {layer.layer_index}, text {number}", layer)
+            of_layer = f"{source}, layer {layer.layer_index}"
+            name = f"layer {layer.layer_index}, text {number}"
+            yield captured_case(of_layer if by_layer else source, name, layer)
 
 
 def load_model(path: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:

@@ -73,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--min-matches", type=int, default=MagicPigOptions.min_matches)
     options.add_argument("--model", help="folder or hub name of a causal language model")
     options.add_argument("--text", type=Path, help="plain text that --model reads")
-    options.add_argument("--layers", type=_integers, help="of --model; default all")
+    options.add_argument(
+        "--layers", type=_integers, help="of --model, each by itself; default all together"
+    )
     options.add_argument("--trained-here", action="store_true", help="a few minutes more")
     options.add_argument("--training-steps", type=int, default=700)
     options.add_argument("--compare", type=_comparisons, default=[], help=",".join(COMPARISONS))
@@ -143,7 +145,7 @@ def _trained(given: argparse.Namespace, report: Report) -> Iterator[Case]:
         f"{100 * facts.long_recall:.0f} % at {facts.long_tokens} (chance: 25 %)"
     )
     texts = [corpus(given.tokens, seed=10 + seed) for seed in range(given.seeds)]
-    yield from captured_cases("trained here", model, texts, given.steps, None)
+    yield from captured_cases("trained", model, texts, given.steps, None, by_layer=True)
 
 
 def _loaded(given: argparse.Namespace) -> Iterator[Case]:
@@ -151,7 +153,8 @@ def _loaded(given: argparse.Namespace) -> Iterator[Case]:
     check_length(model, given.tokens)
     texts = text_tokens(tokenizer, given.text, given.tokens, given.seeds)
     source = Path(given.model).name
-    yield from captured_cases(source, model, texts, given.steps, given.layers)
+    by_layer = given.layers is not None
+    yield from captured_cases(source, model, texts, given.steps, given.layers, by_layer)
 
 
 def _options(options: argparse.ArgumentParser, given: argparse.Namespace) -> MagicPigOptions:

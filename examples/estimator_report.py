@@ -77,6 +77,8 @@ def plot_errors(report: Report, name: str, measured: Sequence[Measured]) -> None
     labels = list(dict.fromkeys(one.label for one in measured))
 
     def draw(panels: Any) -> None:
+        from matplotlib import colormaps
+
         for axes, source in zip(np.atleast_1d(panels), sources, strict=True):
             for number, label in enumerate(labels):
                 of = [one for one in measured if (one.source, one.label) == (source, label)]
@@ -86,8 +88,7 @@ def plot_errors(report: Report, name: str, measured: Sequence[Measured]) -> None
                     linestyle="--" if label in BASELINES else "-",
                     marker="o",
                     markersize=4,
-                    color=f"C{number % 10}",
-                    alpha=1.0 if number < 10 else 0.5,
+                    color=colormaps["tab20"](number % 20),
                     label=label,
                 )
             axes.set(xscale="log", yscale="log", title=source, xlabel="rows gathered, %")

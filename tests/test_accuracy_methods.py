@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +32,12 @@ OPTIONS = MagicPigOptions(
     K=4, L=30, sink_tokens=3, window_tokens=8, exact_below=0, dense_layers=(), center="none"
 )
 SETTINGS = [(4, 30), (10, 150), (1, 64)]
+SAMPLES = [
+    (setting, rows)
+    for setting in SETTINGS
+    for rows in (0.0, 0.02, 0.3, 1.0)
+    if rows or setting[0] > 1  # with K = 1 every token matches: no sample without a budget
+]
 ESTIMATORS = ["magicpig", "oracle-sampling", "uniform"]  # of a full budget: exact but for sampling
 
 
@@ -115,13 +123,10 @@ def test_the_middle_is_chosen_as_the_name_says() -> None:
     assert recent.sum() == 10 * 6
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
-@pytest.mark.parametrize("rows", [0.0, 0.02, 0.3, 1.0])
+@pytest.mark.parametrize(("setting", "rows"), SAMPLES, ids=str)
 def test_magicpig_is_the_references(setting: tuple[int, int], rows: float) -> None:
     """The sample exactly; the output as far as the table of log u allows."""
     num_bits, num_tables = setting
-    if rows == 0 and num_bits == 1:
-        pytest.skip("with K = 1 every token matches, so there is no sample without a budget")
     options = replace(OPTIONS, K=num_bits, L=num_tables, center="first_prompt", seed=5)
     world = World(700, seed=num_bits)
     method = method_of("magicpig", rows, options)
@@ -204,14 +209,11 @@ def test_codes_made_bit_by_bit_are_those_made_at_once(setting: tuple[int, int]) 
     assert torch.equal(at_once.norms, bit_by_bit.norms)
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
-@pytest.mark.parametrize("rows", [0.0, 0.03])
+@pytest.mark.parametrize(("setting", "rows"), SAMPLES, ids=str)
 def test_the_native_kernel_takes_the_same_rows(setting: tuple[int, int], rows: float) -> None:
     """Equal hyperplanes and centre: the engine's codes are these but for bits within rounding, and
     equal codes give equal samples."""
     num_bits, num_tables = setting
-    if rows == 0 and num_bits == 1:
-        pytest.skip("with K = 1 every token matches, so there is no sample without a budget")
     options = replace(
         OPTIONS, K=num_bits, L=num_tables, rows=rows or None, center="first_prompt", seed=9
     )
@@ -358,3 +360,23 @@ def test_bad_settings_are_refused_in_a_sentence() -> None:
         MethodSettings("magicpig", rows=1.5)
     with pytest.raises(ValueError, match="with K = 1 every token matches"):
         MethodSettings("magicpig", rows=0.0, options=MagicPigOptions(K=1, L=64))
+
+
+def test_the_serving_path_imports_none_of_it() -> None:
+    """From the modules that vLLM loads, through what they import, whenever they do."""
+    package = Path(reference.__file__).parent
+    reached, waiting = set(), ["__init__", "platform", "cuda_platform", "cpu_worker", "cuda_worker"]
+    while waiting:
+        module = waiting.pop()
+        if module in reached:
+            continue
+        reached.add(module)
+        path = package / f"{module.replace('.', '/')}.py"
+        if not path.exists():  # a package, the extension
+            continue
+        text = path.read_text("utf-8")
+        waiting += re.findall(r"vllm_magicpig\.([\w.]+)", text)
+        for names in re.findall(r"from vllm_magicpig import ([\w, ]+)", text):
+            waiting += names.split(", ")
+    assert {"backend", "decode", "projection", "reference", "_C"} <= reached
+    assert not [module for module in reached if module.startswith("accuracy")]

@@ -98,7 +98,7 @@ def test_a_model_by_path_and_a_text(tmp_path: Path) -> None:
     argv = ["--geometries", "", "--model", str(tmp_path / "tiny"), "--text", str(text)]
     argv += ["--tokens", "700", "--seeds", "2", "--steps", "3", "--rows", "0.1", "--layers", "1"]
     content = found(argv, tmp_path)
-    assert {one["source"] for one in content["errors"]} == {"tiny"}
+    assert {one["source"] for one in content["errors"]} == {"tiny, layer 1"}
     assert {one["figures"] for one in content["errors"]} == {2 * 3 * 4}  # texts, steps, heads
 
     for wrong, words_of_it in (
@@ -222,5 +222,6 @@ def test_trained_heads_are_captured(tmp_path: Path) -> None:
     argv = ["--geometries", "", "--trained-here", "--training-steps", "2"]
     argv += ["--tokens", "600", "--seeds", "1", "--steps", "2", "--rows", "0.1"]
     content = found(argv, tmp_path)
-    assert {one["figures"] for one in content["errors"]} == {2 * 2 * 4}  # layers, steps, heads
+    assert {one["source"] for one in content["errors"]} == {"trained, layer 0", "trained, layer 1"}
+    assert {one["figures"] for one in content["errors"]} == {2 * 4}  # steps, heads
     assert content["training"]["long_tokens"] == 600

@@ -72,6 +72,20 @@ def test_the_budget_is_met(name: str, setting: tuple[int, int], rows: float) -> 
         assert (gathered >= limit - 1).all()
 
 
+def test_the_budget_is_met_where_all_tokens_match_in_all_tables() -> None:
+    """Keys along the query: whatever the threshold, all would be taken. Their weights are right."""
+    q, k, v = world(1000)
+    q = q[::3].repeat_interleave(3, 0)
+    k = q[::3, None] * torch.linspace(1, 1.5, 1000)[:, None].double()
+    estimator = make_estimator("norm-aware", 0.1, replace(OPTIONS, center="none"), 0, SCALE)
+    _, gathered = estimator.attend(q, k, v)
+    assert (gathered - 98).abs().max() <= 1
+    step = step_of(q, k, 98)
+    weights = estimator.log_weights(step)
+    total = weights.exp().sum(1)  # of equal chances: an estimate of the number of tokens
+    torch.testing.assert_close(total, torch.full_like(total, 989), rtol=0.011, atol=0)
+
+
 def test_systematic_samples_have_the_asked_probabilities() -> None:
     pi = torch.rand(1, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     starts = (torch.arange(1000, dtype=torch.float64)[:, None] + 0.5) / 1000

@@ -52,6 +52,9 @@ class NormAware(MagicPig):
         target = (1 - FLOOR_SHARE) * step.limit
         thresholds = _thresholds(counts, bounds, self.options, target)
         pi = (counts + 1 - thresholds).clamp(0, 1)
+        # Only where more tokens than the budget match in all tables, beyond which no threshold reaches.
+        share = (target / pi.sum(1, keepdim=True).clamp(min=target)).clamp(max=1)
+        pi = share * pi
         left_out = (1 - pi).sum(1, keepdim=True).clamp(min=1e-9)
         floor = (FLOOR_SHARE * step.limit / left_out).clamp(max=1)
         start = torch.rand(len(p), 1, generator=self.generator(p.device), device=p.device)
@@ -59,8 +62,8 @@ class NormAware(MagicPig):
         # u0 = E[clip(c + 1 - T, 0, 1)]: all that match in more than floor(T) tables, and a part of
         # those that match in floor(T).
         least = thresholds.floor()
-        table = tail_table(self.options.K, self.options.L)
-        u0 = table.log_mixed(p, least.long(), 1 - (thresholds - least)).exp()
+        table = tail_table(self.options.K, self.options.L, step.logits.device)
+        u0 = share * table.log_mixed(p, least.long(), 1 - (thresholds - least)).exp()
         u = u0 + (1 - u0) * floor
         return torch.where(mask, -torch.log(u), -math.inf).to(step.logits.dtype)
 

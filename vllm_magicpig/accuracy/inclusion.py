@@ -21,7 +21,7 @@ class TailTable:
     seconds a step.
     """
 
-    def __init__(self, num_bits: int, num_tables: int) -> None:
+    def __init__(self, num_bits: int, num_tables: int, device: torch.device | str = "cpu") -> None:
         x = torch.linspace(0, 1, GRID_STEPS + 1, dtype=torch.float64) ** num_bits
         log_x, log_rest = torch.log(x)[:, None], torch.log1p(-x)[:, None]
         k = torch.arange(num_tables + 1, dtype=torch.float64)
@@ -37,13 +37,13 @@ class TailTable:
         below = torch.cat([nothing, log_pmf.logcumsumexp(1)], dim=1)
         # Where the tail is most of the mass the other side keeps the precision.
         tails = torch.where(below < math.log(0.5), torch.log1p(-below.exp()), at_least)
-        self.log_tails = tails.clamp(min=LOG_U_FLOOR).T.contiguous()
+        self.log_tails = tails.clamp(min=LOG_U_FLOOR).T.contiguous().to(device)
         """float64 [L + 2, GRID_STEPS + 1]; never below LOG_U_FLOOR."""
 
     def log_tail(self, p: torch.Tensor, min_matches: torch.Tensor) -> torch.Tensor:
-        """p: float [...], on any device; min_matches: int64 of a shape that p's broadcasts with, from
-        0 to L + 1. Returns float64 [...] on p's device, never below LOG_U_FLOOR."""
-        table = self.log_tails.to(p.device).flatten()
+        """p: float [...], on the table's device; min_matches: int64, from 0 to L + 1, of a shape that
+        p's broadcasts with. Returns float64 [...], never below LOG_U_FLOOR."""
+        table = self.log_tails.flatten()
         place = p.double().clamp(0, 1) * GRID_STEPS
         step = place.floor().clamp(max=GRID_STEPS - 1)
         first = min_matches * (GRID_STEPS + 1) + step.long()
@@ -62,6 +62,6 @@ class TailTable:
 
 
 @functools.cache
-def tail_table(num_bits: int, num_tables: int) -> TailTable:
-    """One for all layers: it takes 10 MB."""
-    return TailTable(num_bits, num_tables)
+def tail_table(num_bits: int, num_tables: int, device: torch.device) -> TailTable:
+    """One for all layers of a device: it takes 10 MB."""
+    return TailTable(num_bits, num_tables, device)

@@ -239,8 +239,10 @@ class Quest(Method):
 class MagicPig(Method):
     """The engine's estimator: tokens whose codes match, each weighted by 1 / u (reference.py).
 
-    Hyperplanes, centre and, within a budget, the choice among ties are the engine's own, so that equal
-    codes give equal samples. Exact with K = 0 and before a prompt has fixed the centre.
+    Hyperplanes and, within a budget, the choice among ties are the engine's own, so that equal codes
+    give equal samples. The centre is the mean key of the first prompt, in the engine that of the first
+    chunk of it: pass a calibration file as `center` where both must agree. Exact with K = 0 and before
+    a prompt has fixed the centre.
     """
 
     def __init__(self, settings: MethodSettings, layer_index: int, scale: float) -> None:
@@ -263,7 +265,7 @@ class MagicPig(Method):
     def sample_weights(self, step: Step) -> torch.Tensor:
         """`log_weights` where keys are hashed: -log u of what is sampled."""
         mask, t, fraction = self.sample(step)
-        table = tail_table(self.options.K, self.options.L)
+        table = tail_table(self.options.K, self.options.L, step.logits.device)
         p = self.collision_probability(step, self.logit_bounds(step))
         log_u = table.log_mixed(p, t[:, None], fraction[:, None])
         return torch.where(mask, -log_u, -math.inf).to(step.logits.dtype)
