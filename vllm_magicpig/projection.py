@@ -14,9 +14,6 @@ from vllm_magicpig.config import MagicPigOptions
 _TOKENS_AT_ONCE = 1024
 """Bounds the float32 copies of keys that are held."""
 
-_LAYER_SEED_STRIDE = 1_000_003
-"""Spreads the layers' seeds, so that no two of a model's layers share hyperplanes."""
-
 
 class Projection:
     """The hyperplanes of one layer, the same on every rank and after every restart."""
@@ -29,7 +26,7 @@ class Projection:
         isa: _C.Isa,
         pool: _C.ThreadPool,
     ) -> None:
-        seed = (options.seed + layer_index * _LAYER_SEED_STRIDE) % (1 << 63)
+        seed = reference.layer_seed(options.seed, layer_index)
         self._hyperplanes = (head_size, options.L, options.K, seed)
         signs = reference.hadamard_signs(*self._hyperplanes)
         self._hash = _C.SimHash(signs.numpy(), head_size, options.K, options.L)

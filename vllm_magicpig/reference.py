@@ -18,6 +18,9 @@ LOG_U_FLOOR = -80.0
 SIGNATURE_WORD_BITS = 16
 """With K = 1 a table is one bit, and the tables of a vector are kept in words of so many."""
 
+LAYER_SEED_STRIDE = 1_000_003
+"""Spreads the seeds of layers, whose numbers are small."""
+
 
 def hadamard_signs(head_size: int, num_tables: int, num_bits: int, seed: int) -> torch.Tensor:
     """Random signs of the hyperplanes of a layer: int8 [3 + blocks, size], 1 or -1, on the CPU.
@@ -34,6 +37,11 @@ def hadamard_signs(head_size: int, num_tables: int, num_bits: int, seed: int) ->
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(0, 2, (3 + blocks, size), generator=generator, dtype=torch.int8)
     return 2 * bits - 1
+
+
+def layer_seed(seed: int, layer_index: int) -> int:
+    """The seed of a layer's hyperplanes, so that no two of a model's layers share any."""
+    return (seed + layer_index * LAYER_SEED_STRIDE) % (1 << 63)
 
 
 def hyperplanes(head_size: int, num_tables: int, num_bits: int, seed: int) -> torch.Tensor:
@@ -77,7 +85,7 @@ def hash_codes(vectors: torch.Tensor, directions: torch.Tensor, num_bits: int) -
     projections = vectors.to(directions.dtype) @ directions
     num_tables = directions.shape[1] // num_bits
     signs = (projections > 0).reshape(*vectors.shape[:-1], num_tables, num_bits)
-    bit_values = torch.tensor([1 << bit for bit in range(num_bits)], dtype=torch.int32)
+    bit_values = 1 << torch.arange(num_bits, dtype=torch.int32, device=signs.device)
     return (signs * bit_values).sum(-1, dtype=torch.int32)
 
 
