@@ -89,7 +89,7 @@ def _tally_words() -> tuple[str, ...]:
     return content_words()[:TALLY_WORDS]
 
 
-def _loud_words() -> tuple[str, ...]:
+def loud_words() -> tuple[str, ...]:
     return content_words()[TALLY_WORDS : TALLY_WORDS + LOUD_WORDS]
 
 
@@ -163,7 +163,7 @@ def _embeddings() -> torch.Tensor:
     row = {word: index for index, word in enumerate(words)}
     content = [row[word] for word in content_words()]
     table[content, CONTENT] = FLAG
-    table[[row[word] for word in _loud_words()], LOUD] = FLAG
+    table[[row[word] for word in loud_words()], LOUD] = FLAG
     table[[row[word] for word in _tally_words()], TALLY] = FLAG
     table[row[COUNT], AT_COUNT] = FLAG
     table[row[STOP], AT_STOP] = FLAG
@@ -489,7 +489,7 @@ def loop_prompt(num_tokens: int, seed: int = 0) -> Loop:
             f"num_tokens is {num_tokens}; fewer than 2048 cannot hold {LOOP_TALLY} tally words"
         )
     rng = random.Random(seed)
-    tally, loud = rng.choice(_tally_words()), rng.choice(_loud_words())
+    tally, loud = rng.choice(_tally_words()), rng.choice(loud_words())
     words = plain_words(rng)
     cycle = (loud, *words[:12], COUNT)
     filler = draw_filler(rng, num_tokens - 2, words[12:])

@@ -6,6 +6,8 @@
     recall_vt          variable tracking: six notes "x y ." far apart lead from one word to the next,
                        among two more such trails
     recall_fwe         the most frequent word, at about 5 times the frequency of the runners-up
+    recall_fwe_loud    the same where a rare word counts 15-fold in attention: the answer is in the
+                       sum of many small weights, which selecting the largest ones loses
     recall_cwe         one of three common words of a list without any prose
 
 What decode must produce are the words after the first one: the first comes from the prefill.
@@ -28,6 +30,10 @@ NEEDLE_WORDS = 6
 MULTIKEY_CHAINS = 16
 MULTIQUERY_NEEDLES, MULTIQUERY_WORDS = 3, 3
 VT_HOPS, VT_TRAILS = 6, 3
+FWE_TOP = 0.024  # of all words; as one of the content words, 6 %
+# Times that the loud word occurs for each occurrence of the most frequent one: their weights in
+# attention are then 1 to 3 (recall_model.COUNT_LOUD_SCORE is a factor of 15).
+FWE_LOUD = 1 / 45
 CWE_COMMON, CWE_SHARE = 3, 0.15  # of all words, each
 # Haystacks that samples share: their common prefix is then prefilled once where a cache keeps it.
 SAMPLES_PER_HAYSTACK = 5
@@ -44,10 +50,10 @@ def generate(name: str, length: int, index: int, seed: int) -> Sample:
         raise ValueError(
             f"length {length} cannot hold a sample of {name} ({error}); ask for more tokens."
         ) from None
-    # Of a list the last word is the answer, and what leads to it is the way there.
-    references = answer[-1:] if name == "recall_fwe" else answer[1:]
+    # The words that lead to a count are no part of its answer.
+    references = answer[-1:] if name.startswith("recall_fwe") else answer[1:]
     max_tokens = len(answer)
-    if match == "any":
+    if match == "any":  # of the common words at the end of `answer`, the model says one
         references, max_tokens = answer[-CWE_COMMON:], len(answer) - CWE_COMMON + 1
     return Sample(name, length, index, context, question, references, match, max_tokens)
 
@@ -79,9 +85,9 @@ def _question(key: str) -> str:
 
 
 def _notes(length: int, rng: random.Random, trails: list[list[str]], span: int, rest: list[str]
-           ) -> tuple[str, int]:  # fmt: skip
-    """(text, words of an answer): notes of `span` words and a STOP, at random places; in a trail the
-    last word of a note is the first of the next."""
+           ) -> str:  # fmt: skip
+    """Notes of `span` words and a STOP at random places in filler of the words `rest`; in a trail the
+    last word of a note is the first of the next. An answer recites a trail but for its first word."""
     answer_words = len(trails[0]) - 1
     num_words = length - 1 - len(recall_model.QUESTION) - 1 - answer_words
     notes = [
@@ -91,7 +97,7 @@ def _notes(length: int, rng: random.Random, trails: list[list[str]], span: int, 
     ]
     rng.shuffle(notes)
     filler = recall_model.draw_filler(rng, num_words, rest)
-    return " ".join(recall_model.plant(rng, filler, notes)), answer_words
+    return " ".join(recall_model.plant(rng, filler, notes))
 
 
 def _trails(num_trails: int, num_notes: int, span: int) -> Callable[[int, int, str], Parts]:
@@ -103,7 +109,7 @@ def _trails(num_trails: int, num_notes: int, span: int) -> Callable[[int, int, s
         words = recall_model.plain_words(rng)
         size = num_notes * (span - 1) + 1
         trails = [words[i * size : (i + 1) * size] for i in range(num_trails)]
-        text, _ = _notes(length, rng, trails, span, words[num_trails * size :])
+        text = _notes(length, rng, trails, span, words[num_trails * size :])
         first, *answer = trails[asked % num_trails]
         return text, _question(first), tuple(answer), "all"
 
@@ -119,6 +125,23 @@ def _frequent(length: int, index: int, key: str) -> Parts:
     words = prompt.split()
     at = len(words) - len(recall_model.QUESTION) - 1
     return " ".join(words[:at]), " " + " ".join(words[at:]), answer, "all"
+
+
+def _frequent_and_loud(length: int, index: int, key: str) -> Parts:
+    """As _frequent, with a loud word whose few occurrences weigh a third of the answer's."""
+    rng = random.Random(f"{key} {index}")
+    loud = rng.choice(recall_model.loud_words())
+    words = recall_model.plain_words(rng)
+    first, *answer = words[: NEEDLE_WORDS + 1]
+    top, rest = words[NEEDLE_WORDS + 1], words[NEEDLE_WORDS + 2 :]
+    num_words = length - 1 - len(recall_model.QUESTION) - 1 - (len(answer) + 2)
+    filler = recall_model.draw_filler(rng, num_words, rest)
+    times = max(1, round(FWE_TOP * num_words)), max(1, round(FWE_LOUD * FWE_TOP * num_words))
+    places = rng.sample(range(num_words), sum(times))
+    for number, place in enumerate(places):
+        filler[place] = top if number < times[0] else loud
+    text = recall_model.plant(rng, filler, ((first, *answer, recall_model.COUNT),))
+    return " ".join(text), _question(first), (*answer, recall_model.COUNT, top), "all"
 
 
 def _common(length: int, index: int, key: str) -> Parts:
@@ -141,5 +164,6 @@ RECALL_TASKS: dict[str, Callable[[int, int, str], Parts]] = {
     "recall_multiquery": _trails(VT_TRAILS, MULTIQUERY_NEEDLES, MULTIQUERY_WORDS + 2),
     "recall_vt": _trails(VT_TRAILS, VT_HOPS, 2),
     "recall_fwe": _frequent,
+    "recall_fwe_loud": _frequent_and_loud,
     "recall_cwe": _common,
 }

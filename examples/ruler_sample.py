@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 MATCHES = ("all", "any")
 
@@ -30,11 +29,6 @@ class Sample:
     @property
     def prompt(self) -> str:
         return self.context + self.question
-
-
-def count_tokens(tokenizer: Any, text: str) -> int:
-    """Tokens of a prompt in the tokenizer of the model itself, special ones included."""
-    return len(tokenizer.encode(text))
 
 
 def largest_fitting(fits: Callable[[int], bool], smallest: int) -> int | None:

@@ -13,10 +13,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from itertools import islice, pairwise
 
-from ruler_sample import Sample, count_tokens, largest_fitting
+from ruler_prompt import PromptFormat
+from ruler_sample import Sample, largest_fitting
 from ruler_text import (
     NOISE,
     coded_words,
@@ -66,14 +66,14 @@ class Family:
     smallest: int = 1
 
 
-def generate(family: Family, name: str, length: int, index: int, seed: int, tokenizer: Any
+def generate(family: Family, name: str, length: int, index: int, seed: int, form: PromptFormat
              ) -> Sample:  # fmt: skip
     """The sample; raises ValueError in one sentence where `length` cannot hold the task."""
     key = f"{seed} {name} {length} {index}"
 
     def tokens(units: int) -> int:
         text = family.make(key, units, length)
-        return count_tokens(tokenizer, text.context + text.question) + family.max_tokens
+        return form.count_tokens(text.context, text.question) + family.max_tokens
 
     units = largest_fitting(lambda n: tokens(n) <= length, family.smallest)
     if units is None:
@@ -212,7 +212,7 @@ def _variable_tracking(key: str, units: int, length: int) -> Text:
     chain = variables(rng, VT_HOPS + 1)
     value = str(rng.randrange(10_000, 100_000))
     notes = [f"VAR {chain[0]} = {value}."]
-    notes += [f"VAR {name} = VAR {source}." for source, name in zip(chain, chain[1:], strict=False)]
+    notes += [f"VAR {name} = VAR {source}." for source, name in pairwise(chain)]
     places = sorted(rng.random() for _ in notes)
     text = " ".join(_insert_in_order([NOISE] * units, notes, places))
     return Text(
