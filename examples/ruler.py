@@ -69,9 +69,10 @@ def answer_all(settings: Settings) -> list[Record]:
         for case in itertools.product(settings.tasks, settings.lengths, range(settings.samples))
     ]
     file = RecordFile(settings.output / "records.jsonl")
+    # All before the first run, which may take hours: the sources are those that are loaded.
+    digests = [settings_digest(what_shapes_answers(settings, m)) for m in settings.methods]
     found: list[Record] = []
-    for method in settings.methods:
-        digest = settings_digest(what_shapes_answers(settings, method))
+    for method, digest in zip(settings.methods, digests, strict=True):
         labels = Labels(digest, method.label, PROTOCOLS[settings.protocol])
         run(
             cases,

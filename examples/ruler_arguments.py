@@ -138,8 +138,10 @@ def parse(description: str, argv: Sequence[str] | None = None) -> Settings:
         )
     qa = _qa(given.qa_file, parser.error)
     is_recall = given.model is None or (Path(given.model) / recall_model.STAMP).is_file()
+    if given.model is None:
+        recall_model.build(BUILT_IN)
     settings = Settings(
-        model=given.model or str(recall_model.build(BUILT_IN)),
+        model=given.model or str(BUILT_IN),
         tokenizer=given.tokenizer,
         tasks=_tasks(given.tasks, is_recall, qa, parser.error),
         lengths=given.lengths,

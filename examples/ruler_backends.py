@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import urllib.error
 import urllib.request
@@ -92,6 +93,7 @@ class VllmEngine:
 
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
+        gc.collect()
         cleanup_dist_env_and_memory()
 
     def _prompt(self, request: Request) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ from ruler_text import (
 CWE_COMMON, FWE_COMMON = 10, 3
 VT_HOPS = 4
 FWE_EXPONENT = 2.0  # of the Zipf law, as in the paper
-SHORT = 2048  # tokens; a shorter list of common words repeats them 6 times rather than 30
+SHORT = 4096  # tokens; a shorter list of common words repeats them 6 times rather than 30
 
 
 @dataclass(frozen=True)
