@@ -22,14 +22,17 @@ from vllm_magicpig.config import parse_options
 
 BUILT_IN = Path(".models") / "recall"
 ENGINES = ("vllm", "transformers", "url")
+# Under each protocol, the first token that a decode step made.
+DEFAULT_SCORE_FROM = {"dense": 2, "sparse": 1}
 
 _EPILOG = """\
 Scores are string matches as in the paper (arXiv 2404.06654). The first generated token comes from the
-dense prefill under the protocol "dense" and says nothing about sampled decode, so by default
-(--score-from 2) only what follows it is scored: text prompts end where a list begins, and their first
+dense prefill under the protocol "dense" and says nothing about sampled decode, so there only what
+follows it is scored by default (--score-from 2). Text prompts end where a list begins, and their first
 token is the list's dash; where a model answers at once, a reference that its first token begins counts
-if the rest completes it, and one that the token says in full is left out. --score-from 1 scores
-everything. Records keep the first token apart, so a rerun with another --score-from only counts anew.
+if the rest completes it, and one that the token says in full is left out. --score-from 1, the default
+under the protocol "sparse", scores everything. Records keep the first token apart, so a rerun with
+another --score-from only counts anew.
 
 Answers are appended to OUTPUT/records.jsonl; a rerun answers only what is missing there.
 """
@@ -114,8 +117,8 @@ def _parser(description: str) -> argparse.ArgumentParser:
     how.add_argument("--batch", type=_positive, default=1, help="prompts given to vLLM at once")
     how.add_argument("--protocol", choices=tuple(PROTOCOLS), default="dense",
                      help="; ".join(f"{name}: {text}" for name, text in PROTOCOLS.items()))  # fmt: skip
-    parser.add_argument("--score-from", type=int, choices=SCORE_FROM, default=2,
-                        help="first generated token that counts; default 2, see below")  # fmt: skip
+    parser.add_argument("--score-from", type=int, choices=SCORE_FROM,
+                        help="first generated token that counts; default: see below")  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path(".logs") / "ruler",
                         help="folder of records, table and plot; default %(default)s")  # fmt: skip
     return parser
@@ -153,7 +156,7 @@ def parse(description: str, argv: Sequence[str] | None = None) -> Settings:
         options=given.options,
         rows=given.rows,
         protocol=given.protocol,
-        score_from=given.score_from,
+        score_from=given.score_from or DEFAULT_SCORE_FROM[given.protocol],
         is_chat=given.chat,
         batch=given.batch,
         engine_arguments=given.engine_args,

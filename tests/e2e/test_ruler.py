@@ -59,10 +59,11 @@ def test_the_question_is_decoded_step_by_step(
     of the answer is one of them."""
     monkeypatch.chdir(folder)
     content, records = _results(
-        *(folder / "sparse", "--samples", "1", "--protocol", "sparse", "--score-from", "1"),
+        *(folder / "sparse", "--samples", "1", "--protocol", "sparse"),
         *("--tasks", "recall_needle,recall_vt"),
     )
     assert {c["protocol"] for c in content["cells"]} == {PROTOCOLS["sparse"]}
+    assert content["score_from"] == 1
     assert {c["score"] for c in content["cells"]} == {1.0}
     answers = {
         r["method"]: (r["first"] + r["rest"]).split() for r in records if r["task"] == NEEDLES[0]
