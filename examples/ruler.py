@@ -17,10 +17,11 @@ import hashlib
 import importlib.util
 import itertools
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # Before anything imports vLLM: its progress would drown that of this run.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -200,5 +201,12 @@ def report(settings: Settings, records: Sequence[Record]) -> None:
     print(f"written to {settings.output}")
 
 
+def end(number: int, _: object) -> NoReturn:
+    sys.exit(f"ended by {signal.Signals(number).name}; a rerun goes on from here")
+
+
 if __name__ == "__main__":
+    # By default SIGTERM would leave the engine's processes behind.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
     sys.exit(main())
