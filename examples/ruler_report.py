@@ -160,7 +160,7 @@ def plot(found: Sequence[Cell], path: Path) -> None:
     figure, axes = pyplot.subplots(
         num_rows,
         columns,
-        figsize=(3.6 * columns, 2.8 * num_rows + 0.8),
+        figsize=(3.6 * columns, 2.8 * num_rows + 0.5 + 0.2 * len(lines)),
         squeeze=False,
         sharey=True,
         layout="constrained",
@@ -192,7 +192,7 @@ def plot(found: Sequence[Cell], path: Path) -> None:
     for axis in axes.flat:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize="small")
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", fontsize="small")
     figure.supylabel("score, %")
     figure.supxlabel("prompt and answer, tokens")
     figure.savefig(path, dpi=140)
