@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Collection, Mapping, Sequence
@@ -72,6 +73,8 @@ class VllmEngine:
             from ruler_forced import QUALIFIED_NAME
 
             arguments["logits_processors"] = [QUALIFIED_NAME]
+            # vLLM's V2 runner has logits processors of another interface, and no use on a CPU.
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         self._stop_ids = set(stop_ids)
         self._llm = LLM(model, **(arguments | dict(engine_arguments)))
 
