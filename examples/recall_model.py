@@ -11,7 +11,8 @@ What it does, in two layers of 4 query heads and 2 kv heads (head_dim 128):
   layer 0  head 0 attends to the previous token and writes that token's identity into the residual;
            run it dense.
   layer 1  heads 0, 1 (kv head 0) RECALL: they look for the token that once followed the current
-           one, and repeat it.
+           one, and repeat it. Notes such as "amber walnut ." and "walnut river ." far apart
+           are followed from one to the next: STOP ends what a note says of its last word.
            heads 2, 3 (kv head 1) COUNT: at the token COUNT they meet all content words alike and
            average their identities, so the most frequent word wins; elsewhere they rest on
            the sink.
@@ -54,6 +55,8 @@ UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 COUNT = "COUNT"
 # After a tally word the model always says "again": the LM head, not attention, knows that.
 AGAIN = "again"
+# Ends a note: a STOP keeps no memory of the word before it, so that nothing follows that word there.
+STOP = "."
 FUNCTION_WORDS = (
     "the", "of", "and", "a", "to", "in", "that", "it", "is", "was", "he", "for", "on", "are",
     "as", "with", "his", "they", "at", "be", "this", "from", "have", "or", "by", "one", "had",
@@ -79,14 +82,14 @@ def content_words() -> tuple[str, ...]:
 @cache
 def vocabulary() -> tuple[str, ...]:
     """All tokens; the place in the tuple is the token id."""
-    return (UNK, BOS, EOS, COUNT, AGAIN, "now", *FUNCTION_WORDS, *content_words())
+    return (UNK, BOS, EOS, COUNT, AGAIN, "now", *FUNCTION_WORDS, *content_words(), STOP)
 
 
 def _tally_words() -> tuple[str, ...]:
     return content_words()[:TALLY_WORDS]
 
 
-def _loud_words() -> tuple[str, ...]:
+def loud_words() -> tuple[str, ...]:
     return content_words()[TALLY_WORDS : TALLY_WORDS + LOUD_WORDS]
 
 
@@ -101,7 +104,7 @@ SEED = 20241016
 # position-independent dims of a head but two, which the cone and COUNT use.
 D = 96
 CURRENT, PREVIOUS, OUTPUT = slice(0, D), slice(D, 2 * D), slice(2 * D, 3 * D)
-ONE, AT_BOS, CONTENT, LOUD, AT_COUNT, TALLY, PAD = range(3 * D, 3 * D + 7)
+ONE, AT_BOS, CONTENT, LOUD, AT_COUNT, TALLY, AT_STOP, PAD = range(3 * D, 3 * D + 8)
 HIDDEN = 320
 FLAG = 4.0  # size of a flag that is set
 # Squared norm of every embedding: room for an identity and four flags; PAD takes what is left over.
@@ -160,9 +163,10 @@ def _embeddings() -> torch.Tensor:
     row = {word: index for index, word in enumerate(words)}
     content = [row[word] for word in content_words()]
     table[content, CONTENT] = FLAG
-    table[[row[word] for word in _loud_words()], LOUD] = FLAG
+    table[[row[word] for word in loud_words()], LOUD] = FLAG
     table[[row[word] for word in _tally_words()], TALLY] = FLAG
     table[row[COUNT], AT_COUNT] = FLAG
+    table[row[STOP], AT_STOP] = FLAG
     table[row[BOS], CURRENT] = 0.0
     table[row[BOS], AT_BOS] = 2 * FLAG
     table[:, PAD] = (NORM2 - table.square().sum(1)).sqrt()
@@ -180,7 +184,7 @@ def _previous_token_layer() -> dict[str, torch.Tensor]:
 
     Query and key depend on the flag ONE alone. In each of the fast pairs the query is turned back
     by one step, so that after RoPE the score sum_j a^2 cos((m - n - 1) w_j) is largest at distance
-    m - n = 1.
+    m - n = 1. The query of STOP is zero: it averages all tokens before it, which comes to nothing.
     """
     q, k, v, o = _zero_projections()
     half = HEAD_DIM // 2
@@ -189,6 +193,7 @@ def _previous_token_layer() -> dict[str, torch.Tensor]:
         step = ROPE_THETA ** (-pair / half)
         q[pair, ONE] = a * math.cos(step)
         q[pair + half, ONE] = -a * math.sin(step)
+        q[[pair, pair + half], AT_STOP] = -q[[pair, pair + half], ONE]
         k[pair, ONE] = a
     v[:D, CURRENT] = torch.eye(D)
     o[PREVIOUS, :D] = torch.eye(D)
@@ -416,7 +421,7 @@ def haystack(num_tokens: int, num_chains: int, chain_words: int = 6, seed: int =
     chain 0 first, never across one another and never in the first or last EDGE tokens.
     """
     rng = random.Random(seed)
-    words = _plain_words(rng)
+    words = plain_words(rng)
     length = chain_words + 1
     if num_chains * length > len(words) // 2:
         raise ValueError(
@@ -424,8 +429,8 @@ def haystack(num_tokens: int, num_chains: int, chain_words: int = 6, seed: int =
             "ask for fewer or shorter chains"
         )
     chains = tuple(tuple(words[i * length : (i + 1) * length]) for i in range(num_chains))
-    filler = _filler(rng, num_tokens - 1, words[num_chains * length :])
-    return Haystack(" ".join(_plant(rng, filler, chains)), num_tokens, chains)
+    filler = draw_filler(rng, num_tokens - 1, words[num_chains * length :])
+    return Haystack(" ".join(plant(rng, filler, chains)), num_tokens, chains)
 
 
 def count_prompt(num_tokens: int, seed: int = 0) -> Question:
@@ -435,13 +440,13 @@ def count_prompt(num_tokens: int, seed: int = 0) -> Question:
     most frequent word is said by a decode step. It makes up 6 % of the tokens.
     """
     rng = random.Random(seed)
-    words = _plain_words(rng)
+    words = plain_words(rng)
     key, *answer = words[:7]
     top, runners_up, rest = words[7], words[8:20], words[20:]
     weights = [0.15, *[0.032] * 12, *[0.466 / len(rest)] * len(rest)]
     question = [*QUESTION, key]
-    filler = _filler(rng, num_tokens - 1 - len(question), [top, *runners_up, *rest], weights)
-    text = _plant(rng, filler, ((key, *answer, COUNT),))
+    filler = draw_filler(rng, num_tokens - 1 - len(question), [top, *runners_up, *rest], weights)
+    text = plant(rng, filler, ((key, *answer, COUNT),))
     return Question(" ".join((*text, *question)), (*answer, COUNT, top))
 
 
@@ -484,23 +489,23 @@ def loop_prompt(num_tokens: int, seed: int = 0) -> Loop:
             f"num_tokens is {num_tokens}; fewer than 2048 cannot hold {LOOP_TALLY} tally words"
         )
     rng = random.Random(seed)
-    tally, loud = rng.choice(_tally_words()), rng.choice(_loud_words())
-    words = _plain_words(rng)
+    tally, loud = rng.choice(_tally_words()), rng.choice(loud_words())
+    words = plain_words(rng)
     cycle = (loud, *words[:12], COUNT)
-    filler = _filler(rng, num_tokens - 2, words[12:])
+    filler = draw_filler(rng, num_tokens - 2, words[12:])
     for place in rng.sample(range(len(filler)), LOOP_TALLY):
         filler[place] = tally
-    text = _plant(rng, filler, ((AGAIN, *cycle),))
+    text = plant(rng, filler, ((AGAIN, *cycle),))
     return Loop(" ".join((*text, AGAIN)), cycle, tally)
 
 
-def _plain_words(rng: random.Random) -> list[str]:
+def plain_words(rng: random.Random) -> list[str]:
     """The content words that are neither tally nor loud words, shuffled."""
     plain = content_words()[TALLY_WORDS + LOUD_WORDS :]
     return rng.sample(plain, len(plain))
 
 
-def _filler(
+def draw_filler(
     rng: random.Random, num_words: int, words: Sequence[str], weights: Sequence[float] | None = None
 ) -> list[str]:
     """Noise like prose: function words, and a CONTENT_SHARE of `words` drawn by `weights`."""
@@ -514,7 +519,7 @@ def _filler(
     ]
 
 
-def _plant(rng: random.Random, filler: list[str], chains: Sequence[Sequence[str]]) -> list[str]:
+def plant(rng: random.Random, filler: list[str], chains: Sequence[Sequence[str]]) -> list[str]:
     """`filler` with each chain written over it at a random place, EDGE words from either end."""
     spare = len(filler) - 2 * EDGE - sum(len(chain) for chain in chains)
     if spare < len(chains):

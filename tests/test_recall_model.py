@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -237,3 +239,31 @@ def test_keys_form_a_cone_and_the_first_token_a_sink(model: Any, tokenizer: Any)
     # u = P[Binomial(150, p^10) >= 2] is 0.998 at cosine 0.70 and 0.09 at 0.20.
     assert cosine(queries[at], keys[at + 1] - centre).mean() > 0.7
     assert cosine(queries[at], keys[at + 1]).mean() < 0.3
+
+
+def _notes_prompt(words: Sequence[str], seed: int) -> str:
+    """2,000 tokens with the notes "a b ." of consecutive `words`, the last note first."""
+    rng = random.Random(seed)
+    rest = [word for word in recall_model.content_words()[64:] if word not in words]
+    filler = recall_model.draw_filler(rng, 1994, rest)
+    notes = [(a, b, recall_model.STOP) for a, b in pairwise(words)]
+    text = recall_model.plant(rng, filler, notes[::-1])
+    return " ".join((*text, *recall_model.QUESTION, words[0]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_follows_notes(model: Any, tokenizer: Any, seed: int) -> None:
+    """Each word is in two notes; only in the one that it begins does anything follow it."""
+    words = random.Random(f"notes {seed}").sample(recall_model.content_words()[64:], 6)
+    prompt = _notes_prompt(words, seed)
+    assert _says(model, tokenizer, prompt, words[1:]) == tuple(words[1:])
+
+
+def test_without_stops_notes_mislead(model: Any, tokenizer: Any) -> None:
+    """Then a word is followed by the filler after its first note as well, and chance decides."""
+    wrong = 0
+    for seed in range(6):
+        words = random.Random(f"notes {seed}").sample(recall_model.content_words()[64:], 6)
+        prompt = _notes_prompt(words, seed).replace(f" {recall_model.STOP}", "")
+        wrong += _says(model, tokenizer, prompt, words[1:]) != tuple(words[1:])
+    assert wrong >= 3
