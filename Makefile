@@ -5,7 +5,7 @@ VENV := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help setup demo test test-fast bench gpu-check sanitize lint format clean
+.PHONY: help setup demo test test-fast bench ruler gpu-check sanitize lint format clean
 
 help:
 	@echo "make demo        set up, build the built-in model, serve it with magicpig, ask it questions"
@@ -13,6 +13,7 @@ help:
 	@echo "make test        set up, run every test (about 13 minutes on two cores)"
 	@echo "make test-fast   without the tests that start a vLLM engine"
 	@echo "make bench       speed and accuracy on this CPU, about half an hour; BENCH_ARGS=--quick takes 4 minutes"
+	@echo "make ruler       RULER's tasks on the built-in model; MODEL=name-or-path RULER_ARGS=\"--lengths 32768\""
 	@echo "make gpu-check   with an NVIDIA GPU: correctness, bandwidths and speed in 8 minutes, and a report"
 	@echo "make sanitize    the native tests and 10 minutes of fuzz under GCC's sanitizers"
 	@echo "make lint        ruff, mypy and clang-format"
@@ -43,6 +44,9 @@ bench: setup
 	$(VENV)/python examples/bench_decode_attention.py $(BENCH_ARGS)
 	$(VENV)/python examples/bench_index.py $(BENCH_ARGS)
 	$(VENV)/python examples/bench_generate.py $(BENCH_ARGS)
+
+ruler: setup
+	$(if $(MODEL),HF_HUB_OFFLINE=0) $(VENV)/python examples/ruler.py $(if $(MODEL),--model "$(MODEL)") $(RULER_ARGS)
 
 gpu-check: setup
 	$(VENV)/python scripts/gpu_check.py $(GPU_CHECK_ARGS)
