@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <tuple>
 #include <unordered_set>
 
 #include "give_way.h"
@@ -200,6 +201,7 @@ bool LshIndex::covers(const Segment& segment, const int32_t* blocks) const {
 }
 
 std::vector<LshIndex::Found> LshIndex::find(const int32_t* blocks, int num_tokens) const {
+  const uint64_t now = lookups_.load(std::memory_order_relaxed);
   const int block_size = pages_.layout().block_size;
   std::vector<Found> found;
   std::lock_guard<std::mutex> lock(mutex_);
@@ -212,6 +214,7 @@ std::vector<LshIndex::Found> LshIndex::find(const int32_t* blocks, int num_token
       if (map.empty() || tokens > num_tokens - begin || begin % tokens != 0) continue;
       const auto place = map.find(blocks[(begin + tokens) / block_size - 1]);
       if (place == map.end() || !covers(*place->second, blocks + begin / block_size)) continue;
+      place->second->last_used.store(now, std::memory_order_relaxed);
       found.push_back({place->second, begin});
       end = begin + tokens;
       break;
@@ -223,21 +226,24 @@ std::vector<LshIndex::Found> LshIndex::find(const int32_t* blocks, int num_token
 
 namespace {
 
-/// Calls body(level, begin, sealed) for each stretch of the best cover. A segment that begins where
-/// a stretch does and is as long is the only one of its level or larger that could cover it: were a
-/// larger one possible there, the stretch would be as large.
+/// Calls body(level, begin, sealed) for each stretch of the best cover, in their order. Where its
+/// level is refused and it has no segment, smaller ones take its place: half a stretch has room,
+/// or other requests share it, where the whole has neither. A segment that begins where a stretch
+/// does and is as long is the only one of its level or larger that could cover it: were a larger
+/// one possible there, the stretch would be as large.
 template <class Body>
-void for_each_stretch(const std::vector<int>& levels, const std::vector<LshIndex::Found>& found,
-                      int num_tokens, const Body& body) {
+void for_each_stretch(const std::vector<int>& levels, uint32_t refused,
+                      const std::vector<LshIndex::Found>& found, int num_tokens, const Body& body) {
   size_t i = 0;
-  int begin = 0;
-  for (size_t level = levels.size(); level-- > 0;) {
-    for (; num_tokens - begin >= levels[level]; begin += levels[level]) {
-      while (i < found.size() && found[i].begin < begin) ++i;
-      const bool sealed = i < found.size() && found[i].begin == begin &&
-                          found[i].segment->segment_tokens == levels[level];
-      body(level, begin, sealed);
-    }
+  for (int begin = 0; num_tokens - begin >= levels[0];) {
+    while (i < found.size() && found[i].begin < begin) ++i;
+    const int held =
+        i < found.size() && found[i].begin == begin ? found[i].segment->segment_tokens : 0;
+    size_t level = levels.size() - 1;
+    while (levels[level] > num_tokens - begin || begin % levels[level] != 0) --level;
+    while (level > 0 && levels[level] != held && (refused >> level & 1)) --level;
+    body(level, begin, levels[level] == held);
+    begin += levels[level];
   }
 }
 
@@ -245,7 +251,7 @@ void for_each_stretch(const std::vector<int>& levels, const std::vector<LshIndex
 
 size_t LshIndex::num_missing(const std::vector<Found>& found, int num_tokens) const {
   size_t missing = 0;
-  for_each_stretch(levels_, found, num_tokens,
+  for_each_stretch(levels_, refused_levels(), found, num_tokens,
                    [&](size_t, int, bool sealed) { missing += !sealed; });
   return missing;
 }
@@ -260,13 +266,13 @@ std::vector<LshIndex::Stretch> LshIndex::missing(const Requests& requests) const
   std::vector<Stretch> stretches;
   if (num_missing_of_all == 0) return stretches;
 
-  const uint32_t refused = refused_levels_.load(std::memory_order_relaxed);
+  const uint32_t refused = refused_levels();
   const int block_size = pages_.layout().block_size;
   // Two requests can end a stretch in one block and differ before it. The first of the batch has
   // it; replacing it for each in turn would build both anew in every call.
   std::unordered_set<uint64_t> claimed;
   for (int r = 0; r < requests.size; ++r) {
-    for_each_stretch(levels_, found[static_cast<size_t>(r)], requests.seq_lens[r],
+    for_each_stretch(levels_, refused, found[static_cast<size_t>(r)], requests.seq_lens[r],
                      [&](size_t level, int begin, bool sealed) {
                        const int32_t* first = requests.blocks(r) + begin / block_size;
                        const int32_t* end = first + levels_[level] / block_size;
@@ -361,6 +367,47 @@ void LshIndex::drop_stale() {
   }
 }
 
+uint32_t LshIndex::refused_levels() const {
+  const uint64_t since =
+      lookups_.load(std::memory_order_relaxed) - refused_at_.load(std::memory_order_relaxed);
+  return since < kRefusedLookups ? refused_levels_.load(std::memory_order_relaxed) : 0;
+}
+
+/// Whether so much fits into max_bytes; segments that no request used of late are dropped for it,
+/// those that were not used for longest first, unless all of them would not do.
+bool LshIndex::make_room(size_t num_bytes) {
+  std::vector<SegmentPtr> dropped;  // freed after the lock is
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (num_bytes_ + num_bytes <= max_bytes_) return true;
+  struct Idle {
+    uint64_t last_used;
+    size_t level;
+    int32_t last_block;
+    size_t num_bytes;
+  };
+  std::vector<Idle> idle;
+  size_t idle_bytes = 0;
+  const uint64_t now = lookups_.load(std::memory_order_relaxed);
+  for (size_t level = 0; level < levels_.size(); ++level)
+    for (const auto& [last_block, segment] : by_last_block_[level]) {
+      const uint64_t last_used = segment->last_used.load(std::memory_order_relaxed);
+      if (last_used + kIdleLookups > now) continue;
+      idle.push_back({last_used, level, last_block, segment->num_bytes()});
+      idle_bytes += segment->num_bytes();
+    }
+  if (num_bytes_ - idle_bytes + num_bytes > max_bytes_) return false;
+  std::sort(idle.begin(), idle.end(), [](const Idle& a, const Idle& b) {
+    return std::tie(a.last_used, a.level, a.last_block) <
+           std::tie(b.last_used, b.level, b.last_block);
+  });
+  for (const Idle& one : idle) {
+    if (num_bytes_ + num_bytes <= max_bytes_) break;
+    SegmentMap& map = by_last_block_[one.level];
+    dropped.push_back(take_out(map, map.find(one.last_block)));
+  }
+  return true;
+}
+
 /// Null where max_bytes does not allow it.
 std::shared_ptr<Segment> LshIndex::allocate(const Stretch& stretch) {
   auto segment = std::make_shared<Segment>();
@@ -369,13 +416,13 @@ std::shared_ptr<Segment> LshIndex::allocate(const Stretch& stretch) {
   segment->num_buckets = 1 << num_bits_;
   segment->num_tables = pages_.layout().code_words;
   segment->storage_bytes = storage_bytes(*segment, pages_.num_kv_heads());
-  if (max_bytes_ > 0) {
+  segment->last_used.store(lookups_.load(std::memory_order_relaxed), std::memory_order_relaxed);
+  if (max_bytes_ > 0 && !make_room(segment->num_bytes())) {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (num_bytes_ + segment->num_bytes() > max_bytes_) {
-      ++builds_refused_;
-      refused_levels_.fetch_or(uint32_t{1} << level_of(stretch), std::memory_order_relaxed);
-      return nullptr;
-    }
+    ++builds_refused_;
+    refused_levels_.fetch_or(uint32_t{1} << level_of(stretch), std::memory_order_relaxed);
+    refused_at_.store(lookups_.load(std::memory_order_relaxed), std::memory_order_relaxed);
+    return nullptr;
   }
   if (segment->storage_bytes >= kHugePage) {
     segment->storage = {map_pages(segment->storage_bytes), Segment::Free{segment->storage_bytes}};

@@ -218,6 +218,7 @@ struct Segment {
   int segment_tokens = 0;
   int num_buckets = 0;
   int num_tables = 0;
+  mutable std::atomic<uint64_t> last_used{0};  // LshIndex::start_lookup
 
   size_t ids_size() const { return static_cast<size_t>(num_tables) * segment_tokens; }
   size_t offsets_size() const { return static_cast<size_t>(num_tables) * (num_buckets + 2); }
@@ -273,17 +274,21 @@ class LshIndex {
   int num_bits() const { return num_bits_; }
   const std::vector<int>& levels() const { return levels_; }
 
+  /// A batch looks up: what it does not find is idle, once kIdleLookups more have come.
+  void start_lookup() const { lookups_.fetch_add(1, std::memory_order_relaxed); }
   /// The valid segments of a request: ascending and disjoint, at each place the largest.
   std::vector<Found> find(const int32_t* blocks, int num_tokens) const;
-  /// How many stretches of the best cover have no segment among those that find() found.
+  /// How many stretches of the best cover have no segment among those that find() found; smaller
+  /// ones in the place of those that have no room.
   size_t num_missing(const std::vector<Found>& found, int num_tokens) const;
   /// The stretches of the requests' best covers that lack a segment and are not known to exceed
-  /// max_bytes. Their rows and codes are in the pages, and their blocks the requests' own, while
-  /// this is called.
+  /// max_bytes, or smaller ones in the place of those that are. Their rows and codes are in the
+  /// pages, and their blocks the requests' own, while this is called.
   std::vector<Stretch> missing(const Requests& requests) const;
   /// Frees stale segments and builds those of the stretches that still lack one, in turn. A segment
   /// is kept only if its blocks have their epochs once it is built: till then, any of them may have
-  /// been given to a new owner and overwritten. The smaller ones that it covers are dropped then.
+  /// been given to a new owner and overwritten. The smaller ones that it covers are dropped then,
+  /// and idle ones before, where there is no room otherwise.
   /// Returns how many were kept.
   size_t build(const std::vector<Stretch>& stretches, ThreadPool& pool,
                const ThreadPool* gives_way_to = nullptr);
@@ -309,8 +314,8 @@ class LshIndex {
   size_t num_bytes() const;
   size_t segments_built() const;
   size_t segments_dropped() const;
-  /// Builds that were not done, because max_bytes did not allow them. Until something is freed, the
-  /// next ones of that level are not even wanted, and count no more.
+  /// Builds that were not done, because max_bytes did not allow them. Until something is freed, or
+  /// some steps later, the next ones of that level are not even wanted, and count no more.
   size_t builds_refused() const;
 
  private:
@@ -322,6 +327,8 @@ class LshIndex {
   bool holds(const Stretch& stretch) const;
   void drop_stale();
   bool build_one(const Stretch& stretch, ThreadPool& pool, const ThreadPool* gives_way_to);
+  bool make_room(size_t num_bytes);
+  uint32_t refused_levels() const;
   std::shared_ptr<Segment> allocate(const Stretch& stretch);
   void sort_codes(Segment& segment, ThreadPool& pool, const ThreadPool* gives_way_to) const;
   SegmentPtr take_out(SegmentMap& map, SegmentMap::iterator place);
@@ -331,9 +338,15 @@ class LshIndex {
   const std::vector<int> levels_;
   const size_t max_bytes_;
   std::mutex build_mutex_;  // one build at a time; lookups go on meanwhile
+  /// Lookups after which a segment that none of them found may go: the requests that wait for a
+  /// step, behind a chunk of another's prompt say, come back within fewer.
+  static constexpr uint64_t kIdleLookups = 16;
+  mutable std::atomic<uint64_t> lookups_{0};
   std::atomic<uint64_t> swept_at_{0};
   std::atomic<uint64_t> changes_{0};
-  std::atomic<uint32_t> refused_levels_{0};  // a bit each, until something is freed
+  std::atomic<uint32_t> refused_levels_{0};  // a bit each, until something is freed or
+  std::atomic<uint64_t> refused_at_{0};      // so many lookups have come, and others are idle:
+  static constexpr uint64_t kRefusedLookups = 4 * kIdleLookups;
 
   mutable std::mutex mutex_;               // guards what follows
   std::vector<SegmentMap> by_last_block_;  // per level

@@ -59,6 +59,7 @@ Lookup::Lookup(const Pages& pages, const Requests& requests, const std::vector<T
       group_(num_q_heads / pages.num_kv_heads()),
       bias_(score_bias(input.rule->table->num_tables())),
       lowest_(static_cast<uint8_t>(input.rule->min_matches - bias_)) {
+  if (input.index != nullptr) input.index->start_lookup();
   size_t num_found = 0;
   for (int r = 0; r < requests.size; ++r) {
     plans_.push_back(make_plan(requests.blocks(r), requests.seq_lens[r], middles[r]));

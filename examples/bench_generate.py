@@ -125,9 +125,11 @@ def model_config(given: Any, longest: int) -> dict[str, Any]:
 
 
 def engine_arguments(given: Any, backend: str, model: Path, longest: int) -> dict[str, Any]:
-    """The KV cache holds every prompt and the samples of the largest batch, in either layout."""
+    """The KV cache holds the largest batch of the longest prompt as if nothing were shared, in either
+    layout: memory of the index is planned for what the cache holds, and each sample of a prompt wants
+    a segment of its own where it parts from the others."""
     shape = SHAPES["llama-3.1-8b"]
-    tokens = sum(given.lengths) + max(given.batches) * (given.tokens[1] + 2 * BLOCK_SIZE)
+    tokens = max(given.batches) * (max(given.lengths) + given.tokens[1] + 2 * BLOCK_SIZE)
     kv_bytes = _kv_bytes(shape | {"num_hidden_layers": given.layers}, tokens)
     arguments: dict[str, Any] = {
         "model": str(model),
