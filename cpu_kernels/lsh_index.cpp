@@ -194,10 +194,15 @@ bool LshIndex::current(const Stretch& stretch) const {
   });
 }
 
-bool LshIndex::covers(const Segment& segment, const int32_t* blocks) const {
-  for (const Segment::Source& source : segment.sources)
-    if (*blocks++ != source.block || pages_.epoch(source.block) != source.epoch) return false;
-  return true;
+int LshIndex::shared_tokens(const Segment& segment, const int32_t* blocks, int num_tokens) const {
+  const int block_size = pages_.layout().block_size;
+  const size_t num_blocks =
+      std::min(segment.sources.size(), static_cast<size_t>(num_tokens / block_size));
+  size_t i = 0;
+  while (i < num_blocks && segment.sources[i].block == blocks[i] &&
+         pages_.epoch(blocks[i]) == segment.sources[i].epoch)
+    ++i;
+  return static_cast<int>(i) * block_size / levels_[0] * levels_[0];
 }
 
 std::vector<LshIndex::Found> LshIndex::find(const int32_t* blocks, int num_tokens) const {
@@ -205,45 +210,53 @@ std::vector<LshIndex::Found> LshIndex::find(const int32_t* blocks, int num_token
   const int block_size = pages_.layout().block_size;
   std::vector<Found> found;
   std::lock_guard<std::mutex> lock(mutex_);
-  int begin = 0;
-  while (num_tokens - begin >= levels_[0]) {
-    int end = begin + levels_[0];
-    for (size_t level = levels_.size(); level-- > 0;) {
-      const SegmentMap& map = by_last_block_[level];
-      const int tokens = levels_[level];
-      if (map.empty() || tokens > num_tokens - begin || begin % tokens != 0) continue;
-      const auto place = map.find(blocks[(begin + tokens) / block_size - 1]);
-      if (place == map.end() || !covers(*place->second, blocks + begin / block_size)) continue;
-      place->second->last_used.store(now, std::memory_order_relaxed);
-      found.push_back({place->second, begin});
-      end = begin + tokens;
-      break;
+  for (int begin = 0; num_tokens - begin >= levels_[0];) {
+    const int32_t* from = blocks + begin / block_size;
+    Found best = {nullptr, begin, 0};
+    const auto place = by_first_block_.find(*from);
+    if (place != by_first_block_.end())
+      for (const SegmentPtr& segment : place->second) {
+        if (begin % segment->segment_tokens != 0) continue;
+        const int tokens = shared_tokens(*segment, from, num_tokens - begin);
+        if (2 * tokens < segment->segment_tokens)
+          continue;  // most of what it reads would be in vain
+        // Of equals the smaller segment: it is read in whole.
+        if (tokens > best.tokens || (tokens == best.tokens && tokens > 0 &&
+                                     segment->segment_tokens < best.segment->segment_tokens))
+          best = {segment, begin, tokens};
+      }
+    if (best.tokens > 0) {
+      best.segment->last_used.store(now, std::memory_order_relaxed);
+      found.push_back(best);
     }
-    begin = end;
+    begin += std::max(best.tokens, levels_[0]);
   }
   return found;
 }
 
 namespace {
 
-/// Calls body(level, begin, sealed) for each stretch of the best cover, in their order. Where its
-/// level is refused and it has no segment, smaller ones take its place: half a stretch has room,
-/// or other requests share it, where the whole has neither. A segment that begins where a stretch
-/// does and is as long is the only one of its level or larger that could cover it: were a larger
-/// one possible there, the stretch would be as large.
+/// Whether a segment that holds so many tokens of a stretch stands for it.
+bool nearly(int held, int wanted) { return held >= wanted - wanted / 8; }
+
+/// Calls body(level, begin, sealed) for each stretch of the best cover, in their order. A segment
+/// that holds nearly all of a stretch, or more than it, stands for it: where requests part within a
+/// large one, each builds the small rest for itself. Where its level is refused and it has no
+/// segment, smaller ones take its place: half a stretch has room, or other requests share it, where
+/// the whole has neither.
 template <class Body>
 void for_each_stretch(const std::vector<int>& levels, uint32_t refused,
                       const std::vector<LshIndex::Found>& found, int num_tokens, const Body& body) {
   size_t i = 0;
   for (int begin = 0; num_tokens - begin >= levels[0];) {
     while (i < found.size() && found[i].begin < begin) ++i;
-    const int held =
-        i < found.size() && found[i].begin == begin ? found[i].segment->segment_tokens : 0;
+    const int held = i < found.size() && found[i].begin == begin ? found[i].tokens : 0;
     size_t level = levels.size() - 1;
     while (levels[level] > num_tokens - begin || begin % levels[level] != 0) --level;
-    while (level > 0 && levels[level] != held && (refused >> level & 1)) --level;
-    body(level, begin, levels[level] == held);
-    begin += levels[level];
+    while (level > 0 && !nearly(held, levels[level]) && (refused >> level & 1)) --level;
+    const bool sealed = nearly(held, levels[level]);
+    body(level, begin, sealed);
+    begin += sealed ? held : levels[level];
   }
 }
 
@@ -287,12 +300,17 @@ std::vector<LshIndex::Stretch> LshIndex::missing(const Requests& requests) const
   return stretches;
 }
 
-/// Whether this very stretch has a segment.
-bool LshIndex::holds(const Stretch& stretch) const {
-  std::lock_guard<std::mutex> lock(mutex_);
-  const SegmentMap& map = by_last_block_[level_of(stretch)];
-  const auto place = map.find(stretch.back().block);
-  return place != map.end() && place->second->sources == stretch;
+/// How much of a stretch has segments: of the first one, and of all.
+LshIndex::Held LshIndex::held(const Stretch& stretch) const {
+  std::vector<int32_t> blocks;
+  for (const Segment::Source& source : stretch) blocks.push_back(source.block);
+  const int num_tokens = static_cast<int>(blocks.size()) * pages_.layout().block_size;
+  Held held = {0, 0, num_tokens};
+  for (const Found& found : find(blocks.data(), num_tokens)) {
+    if (found.begin == 0) held.first = found.tokens;
+    held.all += found.tokens;
+  }
+  return held;
 }
 
 size_t LshIndex::build(const std::vector<Stretch>& stretches, ThreadPool& pool,
@@ -305,10 +323,14 @@ size_t LshIndex::build(const std::vector<Stretch>& stretches, ThreadPool& pool,
 }
 
 bool LshIndex::build_one(const Stretch& stretch, ThreadPool& pool, const ThreadPool* gives_way_to) {
-  if (!current(stretch) || holds(stretch)) return false;
+  if (!current(stretch)) return false;
+  const Held before = held(stretch);
+  if (nearly(before.first, before.wanted)) return false;  // another one's, built meanwhile
   const std::shared_ptr<Segment> segment = allocate(stretch);
   if (!segment) return false;
-  sort_codes(*segment, pool, gives_way_to);
+  // What nothing serves is compared by code, which takes the steps longer than a builder beside
+  // them.
+  sort_codes(*segment, pool, 2 * before.all >= before.wanted ? gives_way_to : nullptr);
 
   // A seqlock's end: codes that were read too late come from writes whose epochs are seen here.
   std::atomic_thread_fence(std::memory_order_acquire);
@@ -330,6 +352,7 @@ bool LshIndex::build_one(const Stretch& stretch, ThreadPool& pool, const ThreadP
       drop(at, stretch.data() + end - blocks, stretch.data() + end);
   }
   by_last_block_[level].emplace(stretch.back().block, segment);
+  by_first_block_[stretch.front().block].push_back(segment);
   num_bytes_ += segment->num_bytes();
   ++segments_built_;
   changes_.fetch_add(1, std::memory_order_relaxed);
@@ -340,6 +363,9 @@ bool LshIndex::build_one(const Stretch& stretch, ThreadPool& pool, const ThreadP
 LshIndex::SegmentPtr LshIndex::take_out(SegmentMap& map, SegmentMap::iterator place) {
   SegmentPtr segment = std::move(place->second);
   map.erase(place);
+  const auto first = by_first_block_.find(segment->sources.front().block);
+  first->second.erase(std::find(first->second.begin(), first->second.end(), segment));
+  if (first->second.empty()) by_first_block_.erase(first);
   num_bytes_ -= segment->num_bytes();
   ++segments_dropped_;
   changes_.fetch_add(1, std::memory_order_relaxed);

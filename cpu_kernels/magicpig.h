@@ -239,8 +239,9 @@ struct Requests {
   const int32_t* blocks(int request) const { return tables + request * stride; }
 };
 
-/// Sealed segments of one layer, found by the last block of their stretch and trusted only while
-/// every block they cover still has the epoch it had when the stretch was known to be complete.
+/// Sealed segments of one layer, found by the first block of their stretch and trusted as far as
+/// the blocks they cover are the request's and still have the epochs that they had when the stretch
+/// was known to be complete.
 ///
 /// A segment has one of a few sizes, the levels. A request wants as much of itself as possible in
 /// segments of the largest level, of the rest as much as possible in the next, and so on: few
@@ -256,9 +257,10 @@ class LshIndex {
   /// A segment where it lies in a request.
   struct Found {
     SegmentPtr segment;
-    int begin;  // its first token
+    int begin;   // its first token
+    int tokens;  // that it holds of the request's: all of its own, or as far as both agree
 
-    int end() const { return begin + segment->segment_tokens; }
+    int end() const { return begin + tokens; }
   };
 
   /// levels: tokens per segment, ascending, each a multiple of the one before and of the block
@@ -276,7 +278,8 @@ class LshIndex {
 
   /// A batch looks up: what it does not find is idle, once kIdleLookups more have come.
   void start_lookup() const { lookups_.fetch_add(1, std::memory_order_relaxed); }
-  /// The valid segments of a request: ascending and disjoint, at each place the largest.
+  /// The segments of a request: ascending and disjoint, at each place the one that holds most of
+  /// it. What a segment holds beyond, of a request that parted from this one, is not this one's.
   std::vector<Found> find(const int32_t* blocks, int num_tokens) const;
   /// How many stretches of the best cover have no segment among those that find() found; smaller
   /// ones in the place of those that have no room.
@@ -323,8 +326,13 @@ class LshIndex {
 
   size_t level_of(const Stretch& stretch) const;
   bool current(const Stretch& stretch) const;
-  bool covers(const Segment& segment, const int32_t* blocks) const;
-  bool holds(const Stretch& stretch) const;
+  /// Tokens from the start that a segment shares with these blocks, a multiple of the smallest
+  /// level.
+  int shared_tokens(const Segment& segment, const int32_t* blocks, int num_tokens) const;
+  struct Held {
+    int first, all, wanted;  // tokens
+  };
+  Held held(const Stretch& stretch) const;
   void drop_stale();
   bool build_one(const Stretch& stretch, ThreadPool& pool, const ThreadPool* gives_way_to);
   bool make_room(size_t num_bytes);
@@ -350,6 +358,7 @@ class LshIndex {
 
   mutable std::mutex mutex_;               // guards what follows
   std::vector<SegmentMap> by_last_block_;  // per level
+  std::unordered_map<int32_t, std::vector<SegmentPtr>> by_first_block_;
   size_t num_bytes_ = 0;
   size_t segments_built_ = 0;
   size_t segments_dropped_ = 0;

@@ -175,7 +175,9 @@ Matches Lookup::matches_in(Scratch& scratch, int tokens, int num_heads) const {
 
 Matches Lookup::count(const Plan& plan, const Stretch& stretch, int kv_head, const uint16_t* codes,
                       int num_heads, const uint8_t* lowest, Scratch& scratch) const {
-  const int tokens = stretch.end - stretch.begin;
+  // A segment may hold more than the stretch; keep() leaves that out.
+  const int tokens =
+      stretch.segment ? stretch.segment->segment_tokens : stretch.end - stretch.begin;
   const Matches matches = matches_in(scratch, tokens, num_heads);
   if (stretch.segment) {
     if (scratch.counters.size() < static_cast<size_t>(tokens))

@@ -48,7 +48,7 @@ class Lookup {
   /// Tokens that are counted in one way.
   struct Stretch {
     int begin, end;                // begin is a tile's
-    LshIndex::SegmentPtr segment;  // of these very tokens; null: by code
+    LshIndex::SegmentPtr segment;  // from begin on, of these tokens and more; null: by code
   };
   struct Plan {
     const int32_t* blocks;

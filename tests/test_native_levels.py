@@ -22,12 +22,12 @@ from request_lives import BLOCK, HEADS, NUM_TABLES, Engine, Request
 
 from vllm_magicpig import _C, capacity
 
-LEVELS = [(32,), (64,), (32, 64), (32, 64, 128), (64, 192), (32, 96, 192)]
+LEVELS = [(32,), (64,), (32, 64), (32, 64, 128), (64, 192), (32, 96, 192), (32, 256)]
 Source = tuple[int, int]  # block, epoch
 
 
 class SlowIndex:
-    """What the index must hold, by plain comparison: no maps by last block, no walk of levels."""
+    """What the index must hold, by plain comparison: no maps by first or last block."""
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
@@ -38,28 +38,52 @@ class SlowIndex:
         some = [int(block) for block in blocks[begin // size : end // size]]
         return tuple((block, self.layer.pages.epoch(block)) for block in some)
 
+    def shared(self, segment: tuple[Source, ...], blocks: Sequence[int], begin: int) -> int:
+        """Tokens from `begin` on that it holds of these full blocks, in whole smallest segments."""
+        own = self.sources(blocks, begin, begin + len(segment) * BLOCK)
+        same = [one == other for one, other in zip(segment, own, strict=False)]
+        return [*same, False].index(False) * BLOCK // min(self.layer.levels) * min(self.layer.levels)
+
     def find(self, blocks: Sequence[int], num_tokens: int) -> list[tuple[int, int]]:
-        """Of all valid segments that lie in the request, those that no larger one contains."""
-        valid = [
-            (begin, begin + tokens)
-            for tokens in self.layer.levels
-            for begin in range(0, num_tokens - tokens + 1, tokens)
-            if self.sources(blocks, begin, begin + tokens) in self.segments
-        ]
-        return sorted(
-            one for one in valid
-            if not any(o != one and o[0] <= one[0] and one[1] <= o[1] for o in valid)
-        )  # fmt: skip
+        """At each place the segment that holds most of the request, and that mostly of it."""
+        full = blocks[: num_tokens // BLOCK]
+        found, begin = [], 0
+        while begin < num_tokens:
+            held = [
+                self.shared(segment, full, begin)
+                for segment in self.segments
+                if begin % (len(segment) * BLOCK) == 0
+                and 2 * self.shared(segment, full, begin) >= len(segment) * BLOCK
+            ]
+            if held and max(held) > 0:
+                found.append((begin, begin + max(held)))
+            begin += max(held, default=0) or min(self.layer.levels)
+        return found
+
+    def wanted(self, request: Request) -> list[tuple[int, int, bool]]:
+        """(begin, end, whether there is one that stands for it) of the request's stretches."""
+        num_tokens = request.codes.shape[1]
+        ends = dict(self.find(request.blocks, num_tokens))
+        wanted, begin = [], 0
+        while num_tokens - begin >= min(self.layer.levels):
+            tokens = max(
+                size
+                for size in self.layer.levels
+                if size <= num_tokens - begin and begin % size == 0
+            )
+            held = ends.get(begin, begin) - begin
+            sealed = held >= tokens - tokens // 8
+            wanted.append((begin, begin + tokens, sealed))
+            begin += held if sealed else tokens
+        return wanted
 
     def missing(self, requests: list[Request]) -> list[list[int]]:
         wanted: dict[tuple[int, int], tuple[bool, list[int]]] = {}
         for request in requests:
-            num_tokens = request.codes.shape[1]
-            found = self.find(request.blocks, num_tokens)
-            for begin, end in best_cover(num_tokens, self.layer.levels):
+            for begin, end, sealed in self.wanted(request):
                 blocks = request.blocks[begin // BLOCK : end // BLOCK]
                 # The first request of the batch has what ends in this block.
-                wanted.setdefault((len(blocks), blocks[-1]), ((begin, end) in found, blocks))
+                wanted.setdefault((len(blocks), blocks[-1]), (sealed, blocks))
         return [blocks for sealed, blocks in wanted.values() if not sealed]
 
     def seal(self, requests: list[Request]) -> None:
@@ -69,7 +93,11 @@ class SlowIndex:
             if all(self.layer.pages.epoch(block) == epoch for block, epoch in segment)
         ]  # fmt: skip
         for blocks in missing:
-            new = self.sources(blocks, 0, len(blocks) * BLOCK)
+            tokens = len(blocks) * BLOCK
+            held = dict(self.find(blocks, tokens)).get(0, 0)
+            if held >= tokens - tokens // 8:
+                continue  # of one before it
+            new = self.sources(blocks, 0, tokens)
             self.segments = [old for old in self.segments if not self.replaces(new, old)]
             self.segments.append(new)
 
@@ -169,7 +197,7 @@ def test_a_growing_request_has_the_sample_of_a_fresh_one() -> None:
 
 
 def test_requests_of_different_lengths_share_a_prefix() -> None:
-    """The short one needs small segments where the long one's large one reaches beyond it."""
+    """The short one has the long one's large segment, which reaches beyond it."""
     layer = Layer(40, levels=[32, 64, 256])
     codes = random_codes(40 * 32)
     layer.store_codes(np.arange(40), 0, codes)
@@ -186,10 +214,9 @@ def test_requests_of_different_lengths_share_a_prefix() -> None:
     assert layer.index.find(long, 320) == [(0, 64), (64, 128), (128, 160)]
     assert seal((long, 320)) == 2  # 0 to 255 and 256 to 319
     assert layer.index.find(long, 320) == [(0, 256), (256, 320)]
-    assert layer.index.find(short, 170) == [], "replaced"
-    assert seal((long, 320), (short, 170)) == 3
-    assert layer.index.find(long, 320) == [(0, 256), (256, 320)]
-    assert layer.index.find(short, 170) == [(0, 64), (64, 128), (128, 160)]
+    assert layer.index.find(short, 170) == [(0, 160)], "as far as the long one's agrees"
+    assert layer.index.find(short, 159) == [(0, 128)], "in whole small segments"
+    assert layer.index.find(short, 127) == [], "less than half of it would be read in vain"
     assert seal((short, 170), (long, 320)) == 0, "both have what they want"
     query_codes = codes[None, :, 40].repeat(1, 2, 1)
     isa = _C.resolve_isa("auto")
@@ -199,7 +226,7 @@ def test_requests_of_different_lengths_share_a_prefix() -> None:
         assert_same_sample(found, expected_sample(query_codes[0], held, Rule()))
 
 
-def test_a_stale_block_takes_the_large_segment_and_leaves_the_small_ones_beside_it() -> None:
+def test_a_stale_block_takes_the_large_segment_and_what_lies_behind_it() -> None:
     layer = Layer(8, levels=[32, 64, 256])
     blocks = np.arange(8, dtype=np.int32)
     layer.store_codes(blocks, 0, random_codes(256))
@@ -209,12 +236,12 @@ def test_a_stale_block_takes_the_large_segment_and_leaves_the_small_ones_beside_
         index.seal(blocks[None], np.array([length], np.int32), pool())
     assert index.find(blocks, 255) == [(0, 64), (64, 128), (128, 192), (192, 224)]
     layer.pages.note_writes(np.array([3 * 32], np.int64))
-    assert index.find(blocks, 255) == [(0, 64), (128, 192), (192, 224)]
+    assert index.find(blocks, 255) == [(0, 64), (64, 96), (128, 192), (192, 224)]
     assert index.seal(blocks[None], lens, pool()) == 1
     assert index.find(blocks, 256) == [(0, 256)]
     assert (index.num_segments, index.segments_dropped) == (1, 4)
     layer.pages.note_writes(np.array([5 * 32], np.int64))
-    assert index.find(blocks, 256) == []
+    assert index.find(blocks, 256) == [(0, 160)], "what lies before it"
     assert index.seal(blocks[None], np.array([31], np.int32), pool()) == 0
     assert (index.num_segments, index.num_bytes) == (0, 0)
 

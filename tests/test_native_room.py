@@ -45,45 +45,55 @@ class Room:
             assert_same_sample(found, expected_sample(query, held, Rule()))
 
 
-FIRST, SECOND, THIRD = [*range(8)], [*range(7), 8], [*range(7), 9]
+FIRST = [*range(8)]
+SECOND, THIRD = [*range(7), 8], [*range(7), 9]  # part from it in the last block
 
 
-def test_where_a_large_segment_has_no_room_requests_share_smaller_ones() -> None:
-    """Three that part in their last block, as samples of one prompt do."""
-    room = Room(256, 128, 64, 32)
-    room.seal(FIRST, SECOND, THIRD)
-    assert room.find(FIRST) == [(0, 256)]
-    shared = [(0, 128), (128, 192)]
-    assert room.find(SECOND)[:2] == shared
-    assert room.find(THIRD)[:2] == shared
-    for table in (FIRST, SECOND, THIRD):
-        room.look_up(table)
-
-
-def test_with_room_for_all_each_has_its_own() -> None:
-    room = Room(256, 256, 256)
+def test_requests_that_part_late_share_a_large_segment() -> None:
+    """Three samples of one prompt, or three questions about one document."""
+    room = Room(256, 32, 32)
     room.seal(FIRST, SECOND, THIRD)
     assert room.index.builds_refused == 0
+    assert room.find(FIRST) == [(0, 256)]
+    for table in (SECOND, THIRD):
+        assert room.find(table) == [(0, 224), (224, 256)]
     for table in (FIRST, SECOND, THIRD):
-        assert room.find(table) == [(0, 256)]
+        room.look_up(table)
+    # Where the owner of the large one goes, the others want one of their own.
+    room.layer.pages.note_writes(np.array([7 * 32], np.int64))
+    room.seal(SECOND, THIRD)
+    assert room.find(SECOND) == [(0, 256)]
+    assert room.find(THIRD) == [(0, 224), (224, 256)]
+
+
+def test_where_a_large_segment_has_no_room_smaller_ones_take_its_place() -> None:
+    room = Room(256, 128, 64, 32)
+    early = [*range(3), 10, 11, 12, 13, 14]  # parts from the first in its first half
+    room.seal(FIRST, early)
+    assert room.index.builds_refused > 0
+    assert room.find(FIRST) == [(0, 256)]
+    assert room.find(early) == [(0, 128), (128, 192), (192, 224)]
+    for table in (FIRST, early):
+        room.look_up(table)
 
 
 def test_idle_segments_make_room_and_used_ones_do_not() -> None:
     room = Room(256, 32)
+    other = [*range(8, 16)]
     room.seal(FIRST)
     room.look_up(FIRST)
     assert room.find(FIRST) == [(0, 256)]
-    room.seal(SECOND)
+    room.seal(other)
     assert room.find(FIRST) == [(0, 256)], "the last lookup used it"
-    assert (0, 256) not in room.find(SECOND)
+    assert room.find(other) == [(0, 32)]
     assert room.index.builds_refused > 0
-    # The first has ended, and time has passed since the refusal: who looks up now does not find it.
-    room.look_up([10, 11, 12, 13], 4 * IDLE_LOOKUPS)
-    room.seal(SECOND)
-    assert room.find(SECOND) == [(0, 256)]
-    assert (0, 256) not in room.find(FIRST)
+    # The first has ended, and time has passed since the refusal: who looks up does not find it.
+    room.look_up([8, 9, 10, 11], 4 * IDLE_LOOKUPS)
+    room.seal(other)
+    assert room.find(other) == [(0, 256)]
+    assert room.find(FIRST) == []
     room.look_up(FIRST)
-    room.look_up(SECOND)
+    room.look_up(other)
 
 
 def test_the_segment_that_was_idle_for_longest_goes_first() -> None:
