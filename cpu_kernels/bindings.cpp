@@ -67,6 +67,10 @@ std::unique_ptr<ThreadPool> make_pool(const std::vector<int>& cpus) {
   return std::make_unique<ThreadPool>(cpus);
 }
 
+std::shared_ptr<ThreadPool> make_openmp_pool(int64_t num_threads) {
+  return std::make_shared<ThreadPool>(in_range("num_threads", num_threads, 1, 4096));
+}
+
 PageLayout layout_of(const std::string& row_dtype, int64_t block_size, int64_t head_size,
                      int64_t code_words) {
   PageLayout layout;
@@ -505,6 +509,7 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<ThreadPool, std::shared_ptr<ThreadPool>>(m, "ThreadPool")
       .def(py::init(&make_pool), arg("cpus"))
+      .def_static("of_openmp", &make_openmp_pool, arg("num_threads"))
       .def_property_readonly("num_threads", [](const ThreadPool& p) { return p.num_threads(); });
 
   py::class_<BoundPages, std::shared_ptr<BoundPages>>(m, "Pages")

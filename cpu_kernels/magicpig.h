@@ -40,6 +40,9 @@ class ThreadPool {
  public:
   /// Throws std::invalid_argument when cpus is empty or names a CPU this process may not use.
   explicit ThreadPool(const std::vector<int>& cpus);
+  /// So many threads of the process's OpenMP runtime, the caller's team, wherever they are bound.
+  /// Throws std::runtime_error where it holds none.
+  explicit ThreadPool(int num_openmp_threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -71,7 +74,10 @@ class ThreadPool {
 
   const int num_threads_;
   const long owner_pid_;
-  std::unique_ptr<Workers> workers_;
+  std::unique_ptr<Workers> workers_;  // null on OpenMP's threads
+  /// GOMP_parallel: calls function(data) on each thread.
+  void (*openmp_)(void (*function)(void*), void* data, unsigned num_threads,
+                  unsigned flags) = nullptr;
 };
 
 // ------------------------------------------------------------------------------ pages (pages.cpp)

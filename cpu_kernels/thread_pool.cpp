@@ -1,5 +1,9 @@
-// Our own threads: the process already holds torch's OpenMP pool, and a step needs pinned ones that
-// wake within microseconds.
+// Threads that take the tasks of a job: our own, pinned and awake within microseconds, or those of
+// the OpenMP runtime that the process holds already. Where a model's other layers run on these,
+// they spin on their cores between two jobs, and threads of our own would wait for a core behind
+// them.
+#include <dlfcn.h>
+#include <link.h>
 #include <pthread.h>
 #include <sched.h>
 #include <unistd.h>
@@ -54,6 +58,58 @@ bool pin([[maybe_unused]] pthread_t thread, int cpu) {
   return cpu >= 0;  // without such a call, threads go where the system puts them
 #endif
 }
+
+/// GOMP_parallel of the runtime that comes first in this process, null where there is none. Every
+/// OpenMP runtime in use has this entry (GCC's own, LLVM's and Intel's for GCC's programs).
+using Parallel = void (*)(void (*function)(void*), void* data, unsigned num_threads,
+                          unsigned flags);
+Parallel find_openmp() {
+  constexpr const char* kEntry = "GOMP_parallel";
+  if (void* found = dlsym(RTLD_DEFAULT, kEntry)) return reinterpret_cast<Parallel>(found);
+  // A library that Python loaded for one module is not in the global scope.
+  void* found = nullptr;
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* out) {
+        const std::string path = info->dlpi_name;
+        const std::string name = path.substr(path.rfind('/') + 1);
+        if (name.rfind("libgomp", 0) != 0 && name.rfind("libiomp5", 0) != 0 &&
+            name.rfind("libomp", 0) != 0)
+          return 0;
+        void* library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+        if (library == nullptr) return 0;
+        *static_cast<void**>(out) = dlsym(library, kEntry);
+        dlclose(library);  // which stays loaded: others hold it
+        return *static_cast<void**>(out) != nullptr ? 1 : 0;
+      },
+      &found);
+  return reinterpret_cast<Parallel>(found);
+}
+
+/// A job on OpenMP's threads.
+struct OpenMpJob {
+  const ThreadPool::Body& body;
+  const size_t num_tasks;
+  const int num_threads;
+  std::atomic<size_t> next_task{0};
+  std::atomic<int> next_thread{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error = nullptr;
+
+  void take_tasks() {
+    const int thread = next_thread.fetch_add(1, std::memory_order_relaxed);
+    if (thread >= num_threads) return;
+    for (;;) {
+      const size_t task = next_task.fetch_add(1, std::memory_order_relaxed);
+      if (task >= num_tasks) return;
+      try {
+        body(task, thread);
+      } catch (...) {
+        if (!failed.exchange(true)) error = std::current_exception();
+        next_task.store(num_tasks, std::memory_order_relaxed);
+      }
+    }
+  }
+};
 
 /// Throws when a CPU cannot be pinned to. A thread of its own tries them all, because the caller's
 /// mask does not say what the process may use, and must not change.
@@ -191,6 +247,13 @@ ThreadPool::~ThreadPool() {
   if (getpid() != owner_pid_) static_cast<void>(workers_.release());
 }
 
+ThreadPool::ThreadPool(int num_openmp_threads)
+    : num_threads_(num_openmp_threads), owner_pid_(getpid()), openmp_(find_openmp()) {
+  if (openmp_ == nullptr)
+    throw std::runtime_error(
+        "This process holds no OpenMP runtime; import torch before, or make a pool of CPUs.");
+}
+
 void ThreadPool::run(size_t num_tasks, const Body& body) {
   if (num_threads_ == 1 || num_tasks <= 1) {
     for (size_t task = 0; task < num_tasks; ++task) body(task, 0);
@@ -198,7 +261,14 @@ void ThreadPool::run(size_t num_tasks, const Body& body) {
   }
   if (getpid() != owner_pid_)
     throw std::runtime_error("This thread pool was made before fork(); make one in the child.");
-  workers_->run(num_tasks, body);
+  if (openmp_ == nullptr) {
+    workers_->run(num_tasks, body);
+    return;
+  }
+  OpenMpJob job{body, num_tasks, num_threads_};
+  openmp_([](void* data) { static_cast<OpenMpJob*>(data)->take_tasks(); }, &job,
+          static_cast<unsigned>(num_threads_), 0);
+  if (job.error) std::rethrow_exception(job.error);
 }
 
 }  // namespace magicpig

@@ -42,7 +42,9 @@ class SlowIndex:
         """Tokens from `begin` on that it holds of these full blocks, in whole smallest segments."""
         own = self.sources(blocks, begin, begin + len(segment) * BLOCK)
         same = [one == other for one, other in zip(segment, own, strict=False)]
-        return [*same, False].index(False) * BLOCK // min(self.layer.levels) * min(self.layer.levels)
+        return (
+            [*same, False].index(False) * BLOCK // min(self.layer.levels) * min(self.layer.levels)
+        )
 
     def find(self, blocks: Sequence[int], num_tokens: int) -> list[tuple[int, int]]:
         """At each place the segment that holds most of the request, and that mostly of it."""

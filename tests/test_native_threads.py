@@ -90,3 +90,39 @@ def test_a_missing_cpu_is_named() -> None:
             _C.ThreadPool(cpus)
     with pytest.raises(ValueError, match="empty"):
         _C.ThreadPool([])
+
+
+def test_openmps_threads_take_the_tasks_too() -> None:
+    """In a process of its own: the runtime's threads are counted."""
+    script = """
+        import os
+        import numpy as np
+        import torch
+        from vllm_magicpig import _C
+
+        torch.set_num_threads(2)
+        torch.ones(1000, 1000) @ torch.ones(1000, 1000)
+        threads = len(os.listdir("/proc/self/task"))
+        pool = _C.ThreadPool.of_openmp(2)
+        assert pool.num_threads == 2
+        x = np.random.default_rng(0).standard_normal((5000, 64)).astype(np.float32)
+        isa = _C.resolve_isa("auto")
+        codes = _C.pack_codes(x, 4, isa, pool)
+        assert np.array_equal(codes, _C.pack_codes(x, 4, isa, _C.ThreadPool([min(os.sched_getaffinity(0))])))
+        print(len(os.listdir("/proc/self/task")) - threads)
+    """
+    assert run(script).split() == ["0"], "no thread but torch's own"
+
+
+def test_without_openmp_a_pool_of_it_is_refused() -> None:
+    script = """
+        import sys
+        from vllm_magicpig import _C
+
+        assert "torch" not in sys.modules
+        try:
+            _C.ThreadPool.of_openmp(2)
+        except RuntimeError as error:
+            print(error)
+    """
+    assert "no OpenMP runtime; import torch" in run(script)

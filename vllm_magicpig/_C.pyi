@@ -38,6 +38,10 @@ class ThreadPool:
     """
 
     def __init__(self, cpus: Sequence[int]) -> None: ...
+    @staticmethod
+    def of_openmp(num_threads: int) -> ThreadPool:
+        """Of the threads of the process's OpenMP runtime, which are wherever that has bound them: the
+        calling thread's team, as in torch's own operations. RuntimeError where there is none."""
     @property
     def num_threads(self) -> int: ...
 

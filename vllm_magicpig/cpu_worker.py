@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_magicpig import capacity
+from vllm_magicpig import _C, capacity
 from vllm_magicpig.backend import backend_with_codes
 from vllm_magicpig.cpus import builder_cpus, kernel_cpus
 from vllm_magicpig.host_layer import HostLayer
@@ -21,6 +21,14 @@ class MagicPigCPUWorker(MagicPigWorker, CPUWorker):
 
     def _kernel_cpus(self) -> list[int]:
         return kernel_cpus(self._options.threads)
+
+    def _make_pool(self) -> _C.ThreadPool:
+        """The threads of torch's operations, where the kernel has as many: between two of those they
+        spin on their cores, and others would wait behind them."""
+        cpus = self._kernel_cpus()
+        if 1 < len(cpus) == torch.get_num_threads():
+            return _C.ThreadPool.of_openmp(len(cpus))
+        return super()._make_pool()
 
     def _builder_cpus(self) -> list[int]:
         return builder_cpus(self._kernel_cpus())

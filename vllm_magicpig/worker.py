@@ -39,7 +39,7 @@ class MagicPigWorker:
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
         self._isa = _C.resolve_isa(self._options.isa)
-        self._pool = _C.ThreadPool(self._kernel_cpus())
+        self._pool = self._make_pool()
         if self._options.has_buckets:
             self._builder = _C.SegmentBuilder(self._builder_cpus(), self._pool)
         self._bind_layers(kv_cache_config)
@@ -112,6 +112,9 @@ class MagicPigWorker:
 
     def _kernel_cpus(self) -> list[int]:
         raise NotImplementedError
+
+    def _make_pool(self) -> _C.ThreadPool:
+        return _C.ThreadPool(self._kernel_cpus())
 
     def _builder_cpus(self) -> list[int]:
         """Of the threads that build segments; they are niced, and give way to the kernel's."""
