@@ -39,6 +39,7 @@ from bench_layer import (
     Placement,
     ReferenceLayer,
     SampledLayer,
+    kernel_pool,
     load_native,
     page_memory,
 )
@@ -307,7 +308,7 @@ def measure_config(
     clock: Clock,
 ) -> Measurement:
     use_cpus(cpus)
-    decoder = Decoder(layer, isa, _C.ThreadPool(list(cpus)))
+    decoder = Decoder(layer, isa, kernel_pool(cpus))
     dense.start_step(NUM_Q_HEADS)
     # One query for each call of all repeats, so that none has been seen by the caches.
     queries = make_queries(layer.requests, repeats + 1)

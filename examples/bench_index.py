@@ -5,7 +5,7 @@
     python examples/bench_index.py --parts build,generation
 
 build       time to build segments of each size, per token, kv head and core; bytes
-background  decode steps at 32K tokens with and without a thread that builds 64K segments meanwhile
+background  decode steps at 32K tokens with and without threads that build 64K segments meanwhile
 tradeoff    rows, error, time and memory of buckets and scan side by side, over all geometries
 generation  one request from 2K to 34K tokens, token by token: store, hash, ask for segments, attend;
             time per token and rows read against context length
@@ -42,6 +42,7 @@ from bench_layer import (
     Decoder,
     Placement,
     SampledLayer,
+    kernel_pool,
     load_native,
     make_index,
 )
@@ -64,7 +65,7 @@ from vllm_magicpig.capacity import segment_levels
 PARTS = ("build", "background", "tradeoff", "generation")
 NUM_Q_HEADS = NUM_KV_HEADS * GROUP
 BUDGETS = (0.005, 0.01, 0.02)
-PHASE_STEPS = 20
+PHASE_STEPS = 200
 BIN_TOKENS = 512  # a point of the generation plot
 
 
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--repeats", type=int, default=9)
     options.add_argument("--build-tokens", type=int, default=65536)
     options.add_argument("--decode-tokens", type=int, default=32768, help="of `background`")
-    options.add_argument("--decode-steps", type=int, default=400, help="of `background`, each side")
+    options.add_argument("--decode-steps", type=int, default=800, help="of `background`, each side")
     options.add_argument("--lengths", type=int_list, default=[8192, 32768, 131072])
     options.add_argument("--error-steps", type=int, default=8, help="decode steps behind an error")
     options.add_argument("--generate", type=int_list, default=[2048, 34816], help="from, to tokens")
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.error("--generate takes two ascending numbers of tokens, such as 2048,34816")
     if given.quick:
         given.build_tokens, given.decode_tokens = 8192, 4096
-        given.decode_steps, given.repeats, given.lengths = 2 * PHASE_STEPS, 3, [4096]
+        given.decode_steps, given.repeats, given.lengths = PHASE_STEPS, 3, [4096]
         given.error_steps, given.generate = 2, [2048, 3072]
     cpus = cores()
     cpus = cpus[: given.threads or len(cpus)]
@@ -121,7 +122,7 @@ def _layer(
     num_stored: int | None = None,
 ) -> SampledLayer:
     placement = Placement.shuffled(1, rows.num_tokens)
-    isa, pool = _C.resolve_isa("auto"), _C.ThreadPool(list(cpus))
+    isa, pool = _C.resolve_isa("auto"), kernel_pool(cpus)
     return SampledLayer(config, [rows], placement, native, isa, pool, num_stored)
 
 
@@ -188,7 +189,7 @@ def part_build(given: Any, report: Report, cpus: Sequence[int], native: ModuleTy
 
 @dataclass(frozen=True)
 class Steps:
-    """Of decode steps while the builder is idle or busy; segments: built meanwhile."""
+    """Of decode steps beside a builder that does this; segments: built meanwhile."""
 
     builder: str
     p50_ms: float
@@ -197,59 +198,93 @@ class Steps:
     segments: int
 
 
+BUILDERS = ("idle", "merges", "builds what is missing")
+
+
 def part_background(given: Any, report: Report, cpus: Sequence[int], native: ModuleType) -> None:
-    """Phases of an idle and of a busy builder take turns. The builder's threads are on the CPUs of the
-    kernel, as in a worker, niced, and rest while a step runs: they build while the caches are emptied
-    between two steps, in the place of a model's other layers."""
+    """Phases of what the builder does take turns. Its threads are on the CPUs of the kernel, as in a
+    worker, and niced; where it merges segments that serve, they rest while a step runs. They get on
+    while the caches are emptied between two steps, in the place of a model's other layers."""
     config = BUCKETS[0]
-    isa, pool = _C.resolve_isa("auto"), _C.ThreadPool(list(cpus))
+    isa, pool = _C.resolve_isa("auto"), kernel_pool(cpus)
     rows = generate("mixed", given.decode_tokens)
     decoder = Decoder(_layer(config, rows, cpus, native), isa, pool)
-    queries = rows.queries(2 * given.decode_steps, seed=1).bfloat16()[:, None]
+    queries = rows.queries(len(BUILDERS) * given.decode_steps, seed=1).bfloat16()[:, None]
     levels = segment_levels(BLOCK_SIZE)
     level = levels[-1] if given.decode_tokens >= levels[-2] else levels[1]
-    work = _layer(config, generate("mixed", 2 * level, seed=1), cpus, native)
-    work.index = make_index(work.pages, config, level)
-    assert work.index is not None
+    work = Building(_layer(config, generate("mixed", 2 * level, seed=1), cpus, native), level, pool)
     builder = _C.SegmentBuilder(list(cpus), pool)
-    growing = GrowingRequest(work, native, isa, pool, builder, NUM_Q_HEADS)
-    times: dict[str, list[float]] = {"idle": [], "busy": []}
-    built = {"idle": 0, "busy": 0}
+    times: dict[str, list[float]] = {name: [] for name in BUILDERS}
+    built = dict.fromkeys(BUILDERS, 0)
     evict = Evictor()
     for number, query in enumerate(queries):
-        phase = "busy" if number // PHASE_STEPS % 2 else "idle"
+        phase = BUILDERS[number // PHASE_STEPS % len(BUILDERS)]
         if number % PHASE_STEPS == 0:
             builder.drain()
-            before = work.index.segments_built
-        if phase == "busy" and builder.pending == 0:
-            growing.restart()
-            growing.note_stored(work.requests[0].num_tokens)
+            before = work.large_segments
+        if phase != "idle" and builder.pending == 0:
+            built[phase] += work.large_segments - before
+            work.ask(builder, merges=phase == "merges")
+            before = work.large_segments
         evict()
         started = time.perf_counter()
         decoder.decode(query)
         times[phase].append(time.perf_counter() - started)
         if (number + 1) % PHASE_STEPS == 0:
-            built[phase] += work.index.segments_built - before
+            built[phase] += work.large_segments - before
     builder.drain()
     builder.raise_error()
     found = []
     for phase, seconds in times.items():
         p50, p99 = 1e3 * np.percentile(seconds, [50, 99])
         found.append(Steps(phase, float(p50), float(p99), len(seconds), built[phase]))
-    idle, busy = found
+    idle = found[0]
     report.add("background", {"tokens": given.decode_tokens, "segment": level, "steps": found})
     report.print_table(
         f"Decode steps at {tokens_name(given.decode_tokens)} tokens, {config.name}, {len(cpus)} "
         f"threads, while segments of {tokens_name(level)} are built",
-        ("builder", "p50 ms", "p99 ms", "steps", "segments built"),
+        (
+            *("builder", "p50 ms", "p99 ms", "p50 / idle p50", "p99 / idle p50"),
+            *("p99 / idle p99", "steps", "segments built"),
+        ),
         [
-            *(
-                (s.builder, f"{s.p50_ms:.3f}", f"{s.p99_ms:.3f}", str(s.steps), str(s.segments))
-                for s in found
-            ),
-            ("ratio", f"{busy.p50_ms / idle.p50_ms:.2f}", f"{busy.p99_ms / idle.p99_ms:.2f}"),
+            (
+                *(s.builder, f"{s.p50_ms:.3f}", f"{s.p99_ms:.3f}"),
+                *(f"{s.p50_ms / idle.p50_ms:.2f}", f"{s.p99_ms / idle.p50_ms:.2f}"),
+                *(f"{s.p99_ms / idle.p99_ms:.2f}", str(s.steps), str(s.segments)),
+            )
+            for s in found
         ],
     )
+
+
+class Building:
+    """A layer whose segments of `level` tokens a builder is asked for again and again."""
+
+    def __init__(self, layer: SampledLayer, level: int, pool: _C.ThreadPool) -> None:
+        num_tokens = int(layer.placement.seq_lens[0])
+        self._layer, self._level, self._pool = layer, level, pool
+        self._index = _C.LshIndex(layer.pages, layer.config.K, [level // 2, level])
+        self._slots = layer.placement.slots(0, 0, num_tokens)
+        self._tables = layer.placement.block_tables[:1].copy()
+        self._lens = np.array([num_tokens], np.int32)
+
+    @property
+    def large_segments(self) -> int:
+        """Now; `ask` sets out from none."""
+        return len(
+            [b for b, e in self._index.find(self._tables[0], self._lens[0]) if e - b == self._level]
+        )
+
+    def ask(self, builder: _C.SegmentBuilder, merges: bool) -> None:
+        """merges: of two smaller ones, which are there already."""
+        self._index.clear()
+        self._layer.pages.note_writes(self._slots)
+        if merges:
+            halves = self._tables.reshape(-1, self._level // 2 // BLOCK_SIZE)
+            lens = np.full(len(halves), self._level // 2, np.int32)
+            self._index.seal(np.ascontiguousarray(halves), lens, self._pool)
+        builder.ask(self._index, self._tables, self._lens)
 
 
 # --------------------------------------------------------------------------------------- tradeoff
@@ -282,7 +317,7 @@ def tradeoff_configs() -> list[Config]:
 def part_tradeoff(given: Any, report: Report, cpus: Sequence[int], native: ModuleType) -> None:
     """kv head h of the mixed layer has geometry h, so that one layer gives all errors and the time."""
     configs = tradeoff_configs()
-    isa, pool = _C.resolve_isa("auto"), _C.ThreadPool(list(cpus))
+    isa, pool = _C.resolve_isa("auto"), kernel_pool(cpus)
     found = []
     for num_tokens in given.lengths:
         rows = generate("mixed", num_tokens)
@@ -439,7 +474,7 @@ def _generate(
     first, last = given.generate
     rows = generate("mixed", last)
     layer = _layer(config, rows, cpus, native, num_stored=first)
-    isa, pool = _C.resolve_isa("auto"), _C.ThreadPool(list(cpus))
+    isa, pool = _C.resolve_isa("auto"), kernel_pool(cpus)
     builder = _C.SegmentBuilder(list(cpus), pool)
     growing = GrowingRequest(layer, native, isa, pool, builder, NUM_Q_HEADS)
     growing.note_stored(first)

@@ -196,6 +196,11 @@ class SampledLayer:
         return self.index.num_bytes / (int(self.placement.seq_lens.sum()) * self.num_kv_heads)
 
 
+def kernel_pool(cpus: Sequence[int]) -> _C.ThreadPool:
+    """As a worker of the CPU platform makes it, once `use_cpus` has bound torch's threads to these."""
+    return _C.ThreadPool.of_openmp(len(cpus)) if len(cpus) > 1 else _C.ThreadPool(list(cpus))
+
+
 class Decoder:
     """Decode steps of a SampledLayer with one instruction set and one set of threads."""
 

@@ -1,4 +1,4 @@
-"""Index memory that does not do: what is dropped for what, and what takes the place of large segments."""
+"""Index memory that does not do: what is dropped for what, and what stands for large segments."""
 
 from __future__ import annotations
 

@@ -108,7 +108,8 @@ def test_openmps_threads_take_the_tasks_too() -> None:
         x = np.random.default_rng(0).standard_normal((5000, 64)).astype(np.float32)
         isa = _C.resolve_isa("auto")
         codes = _C.pack_codes(x, 4, isa, pool)
-        assert np.array_equal(codes, _C.pack_codes(x, 4, isa, _C.ThreadPool([min(os.sched_getaffinity(0))])))
+        own = _C.ThreadPool([min(os.sched_getaffinity(0))])
+        assert np.array_equal(codes, _C.pack_codes(x, 4, isa, own))
         print(len(os.listdir("/proc/self/task")) - threads)
     """
     assert run(script).split() == ["0"], "no thread but torch's own"
