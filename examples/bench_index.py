@@ -65,7 +65,7 @@ from vllm_magicpig.capacity import segment_levels
 PARTS = ("build", "background", "tradeoff", "generation")
 NUM_Q_HEADS = NUM_KV_HEADS * GROUP
 BUDGETS = (0.005, 0.01, 0.02)
-PHASE_STEPS = 200
+PHASE_STEPS = 100
 BIN_TOKENS = 512  # a point of the generation plot
 
 
