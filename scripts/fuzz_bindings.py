@@ -256,6 +256,17 @@ def sized(build: Callable[..., Any], *dims: str) -> Callable[[Case], Any]:
     return lambda case: build(case, *(getattr(case, dim) for dim in dims))
 
 
+def in_either_dtype(*dims: str) -> Callable[[Case], Any]:
+    """float32, or the pages' row dtype."""
+    return lambda case: sized(rows if case.rng.random() < 0.5 else floats, *dims)(case)
+
+
+def codes_or_hash(case: Case) -> Any:
+    if case.head_size <= case.hash_size and case.rng.random() < 0.3:
+        return made("SimHash")(case)
+    return codes(case, case.num_reqs, case.num_q_heads, case.code_words)
+
+
 def dim(name: str) -> Callable[[Case], Any]:
     return lambda case: getattr(case, name)
 
@@ -294,6 +305,7 @@ ARGUMENTS: dict[str, Callable[[Case], Any]] = {
     "step": made("StreamStep"),
     "isa": isa,
     "cpus": cpus,
+    "gives_way_to": lambda case: made("ThreadPool")(case) if case.rng.random() < 0.5 else None,
     "name": lambda case: case.rng.choice(list(_C.Isa.__members__)),
     "Isa.value": lambda case: case.rng.randrange(4),
     "launch_host_func": lambda case: case.driver.launch_host_func,
@@ -323,12 +335,12 @@ ARGUMENTS: dict[str, Callable[[Case], Any]] = {
     "seq_lens": sized(seq_lens, "num_reqs"),
     "block_table": lambda case: block_tables(case, 1)[0],
     "LshIndex.find.num_tokens": lambda case: int(seq_lens(case, 1)[0]),
-    "query": sized(floats, *QUERY, "head_size"),
-    "query_codes": only_sampled(sized(codes, *QUERY, "code_words")),
+    "query": in_either_dtype(*QUERY, "head_size"),
+    "query_codes": only_sampled(codes_or_hash),
     "sample.query_codes": sized(codes, *QUERY, "code_words"),
     "center": only_sampled(sized(floats, "num_kv_heads", "head_size")),
-    "out": sized(floats, *QUERY, "head_size"),
-    "lse": sized(floats, *QUERY),
+    "out": in_either_dtype(*QUERY, "head_size"),
+    "lse": lambda case: sized(floats, *QUERY)(case) if case.rng.random() < 0.8 else None,
     "DecodeExchange.query": sized(floats, *DECODES, "head_size"),
     "DecodeExchange.key": sized(rows, *DECODED, "head_size"),
     "DecodeExchange.value": sized(rows, *DECODED, "head_size"),
@@ -352,7 +364,8 @@ ARGUMENTS: dict[str, Callable[[Case], Any]] = {
 is the case's object of that class."""
 
 # A driver that is installed would be loaded; and pybind11's own properties of an enum.
-UNTOUCHED = {"find_launch_host_func", "Isa.name", "Isa.value"}
+# The last: threads of an OpenMP runtime, of which sanitizers see half.
+UNTOUCHED = {"find_launch_host_func", "Isa.name", "Isa.value", "ThreadPool.of_openmp"}
 SLOW_TO_MAKE = {"ThreadPool", "SegmentBuilder", "InclusionTable"}  # and without a case's state
 NO_OTHER_NUMBER = {"launch_host_func"}  # any other address is jumped to
 

@@ -153,7 +153,8 @@ def test_small_segments_first_then_layer_by_layer(driver: FakeDriver) -> None:
     """One by one, behind others: the tails of both layers, then the large segments of both."""
     builder = _C.SegmentBuilder(CPUS[:1])
     busy = Busy(driver, builder, num_bits=12)
-    layers = [Layer(24, num_tables=255, num_bits=12, levels=[64, 256]) for _ in range(2)]
+    # Many buckets: a segment takes the builder milliseconds, a look microseconds.
+    layers = [Layer(24, num_tables=255, num_bits=15, levels=[64, 256]) for _ in range(2)]
     tables, lens = np.arange(24, dtype=np.int32)[None], np.array([700], np.int32)
     busy.start()
     for layer in layers:
