@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
+from argument_types import json_object, positive, positive_list
 from compare_setup import DEFAULT_KV_CACHE_GIB, SHAPES, TAKEN_ENGINE_ARGS, Settings
 
 from vllm_magicpig.config import parse_options
@@ -30,7 +30,7 @@ def _parser() -> _Parser:
     model.add_argument("--model", help="Hugging Face name or local folder")
     model.add_argument("--config", type=Path, help="config.json of a model; weights are random")
     model.add_argument("--shape", help=f"built in, weights are random: {', '.join(SHAPES)}")
-    model.add_argument("--layers", type=_positive, help="fewer layers, with random weights only")
+    model.add_argument("--layers", type=positive, help="fewer layers, with random weights only")
     model.add_argument("--load-format", choices=("auto", "dummy"), default="auto")
     model.add_argument(
         "--prompts",
@@ -40,22 +40,22 @@ def _parser() -> _Parser:
     load = parser.add_argument_group("load")
     load.add_argument(
         "--lengths",
-        type=_positive_list,
+        type=positive_list,
         default="2048,8192",
         help="prompt tokens; default %(default)s",
     )
     load.add_argument(
-        "--requests", type=_positive_list, default="1,2", help="at once; default %(default)s"
+        "--requests", type=positive_list, default="1,2", help="at once; default %(default)s"
     )
     load.add_argument(
-        "--output-tokens", type=_positive, default=64, help="at least 2; default %(default)s"
+        "--output-tokens", type=positive, default=64, help="at least 2; default %(default)s"
     )
-    load.add_argument("--repeats", type=_positive, default=1)
+    load.add_argument("--repeats", type=positive, default=1)
     engines = parser.add_argument_group("engines")
-    engines.add_argument("--options", type=_json_object, default={}, help="JSON, magicpig's own")
+    engines.add_argument("--options", type=json_object, default={}, help="JSON, magicpig's own")
     engines.add_argument(
         "--engine-args",
-        type=_json_object,
+        type=json_object,
         default={},
         help='JSON, further EngineArgs of both, such as {"enforce_eager": true}',
     )
@@ -87,7 +87,7 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         parser.error(f"--shape is {given.shape!r}, but must be one of {', '.join(SHAPES)}.")
     if given.config is not None:
         try:
-            _json_object(given.config.read_text("utf-8"))
+            json_object(given.config.read_text("utf-8"))
         except (OSError, UnicodeDecodeError, argparse.ArgumentTypeError):
             parser.error(
                 f"--config is {str(given.config)!r}, but must be the config.json of a model; name "
@@ -139,17 +139,6 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     )
 
 
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up.")
-    return value
-
-
-def _positive_list(text: str) -> tuple[int, ...]:
-    return tuple(sorted({_positive(part.strip()) for part in text.split(",")}))
-
-
 def _positive_number(text: str) -> float:
     try:
         value = float(text)
@@ -157,14 +146,4 @@ def _positive_number(text: str) -> float:
         value = 0.0
     if not 0 < value < 1 << 20:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of GiB.")
-    return value
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error}).") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object.")
     return value

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import recall_model
+from argument_types import json_object, positive, positive_list
 from ruler_backends import PROTOCOLS
 from ruler_recall import RECALL_TASKS
 from ruler_score import SCORE_FROM
@@ -92,10 +93,10 @@ def _parser(description: str) -> argparse.ArgumentParser:
         help="names, or recall (the built-in model's), or ruler (all for models that read English); "
         "default: the set that fits the model",
     )
-    what.add_argument("--lengths", type=_positive_list, default="4096,8192,16384",
+    what.add_argument("--lengths", type=positive_list, default="4096,8192,16384",
                       help="tokens of prompt and answer together; default %(default)s")  # fmt: skip
     what.add_argument(
-        "--samples", type=_positive, default=20, help="per task and length; default 20"
+        "--samples", type=positive, default=20, help="per task and length; default 20"
     )
     what.add_argument("--seed", type=int, default=0)
     what.add_argument("--qa-file", type=Path,
@@ -111,10 +112,10 @@ def _parser(description: str) -> argparse.ArgumentParser:
     how.add_argument("--rows", type=float, default=0.02,
                      help="budget of every method that has one, as a fraction of the middle's rows; 0 "
                      "leaves magicpig the paper's sample; default %(default)s")  # fmt: skip
-    how.add_argument("--options", type=_json_object, default={}, help="JSON, magicpig's own")
-    how.add_argument("--engine-args", type=_json_object, default={},
+    how.add_argument("--options", type=json_object, default={}, help="JSON, magicpig's own")
+    how.add_argument("--engine-args", type=json_object, default={},
                      help="JSON, further arguments of vLLM's LLM")  # fmt: skip
-    how.add_argument("--batch", type=_positive, default=1, help="prompts given to vLLM at once")
+    how.add_argument("--batch", type=positive, default=1, help="prompts given to vLLM at once")
     how.add_argument("--protocol", choices=tuple(PROTOCOLS), default="dense",
                      help="; ".join(f"{name}: {text}" for name, text in PROTOCOLS.items()))  # fmt: skip
     parser.add_argument("--score-from", type=int, choices=SCORE_FROM,
@@ -259,24 +260,3 @@ def _qa(path: Path | None, fail: Callable[[str], NoReturn]) -> tuple[QaEntry, ..
             "different contexts, each with question, context and a list of answers; name such a file."
         )
     return entries
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up.")
-    return value
-
-
-def _positive_list(text: str) -> tuple[int, ...]:
-    return tuple(sorted({_positive(part.strip()) for part in text.split(",")}))
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error}).") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object.")
-    return value
