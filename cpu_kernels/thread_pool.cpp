@@ -85,29 +85,51 @@ Parallel find_openmp() {
   return reinterpret_cast<Parallel>(found);
 }
 
-/// A job on OpenMP's threads.
-struct OpenMpJob {
-  const ThreadPool::Body& body;
-  const size_t num_tasks;
-  const int num_threads;
+/// The tasks of one job, and the first exception of one.
+struct Job {
+  const ThreadPool::Body* body = nullptr;
+  size_t num_tasks = 0;
   std::atomic<size_t> next_task{0};
-  std::atomic<int> next_thread{0};
   std::atomic<bool> failed{false};
   std::exception_ptr error = nullptr;
 
-  void take_tasks() {
-    const int thread = next_thread.fetch_add(1, std::memory_order_relaxed);
-    if (thread >= num_threads) return;
+  void start(size_t tasks, const ThreadPool::Body& task_body) {
+    body = &task_body;
+    num_tasks = tasks;
+    next_task.store(0, std::memory_order_relaxed);
+    failed.store(false, std::memory_order_relaxed);
+    error = nullptr;
+  }
+
+  void take_tasks(int thread) {
     for (;;) {
       const size_t task = next_task.fetch_add(1, std::memory_order_relaxed);
       if (task >= num_tasks) return;
       try {
-        body(task, thread);
+        (*body)(task, thread);
       } catch (...) {
         if (!failed.exchange(true)) error = std::current_exception();
         next_task.store(num_tasks, std::memory_order_relaxed);
       }
     }
+  }
+
+  void rethrow() {
+    if (error) std::rethrow_exception(std::exchange(error, nullptr));
+  }
+};
+
+/// A job on OpenMP's threads, which number themselves as they come.
+struct OpenMpJob {
+  Job job;
+  const int num_threads;
+  std::atomic<int> next_thread{0};
+
+  explicit OpenMpJob(int threads) : num_threads(threads) {}
+
+  void take_tasks() {
+    const int thread = next_thread.fetch_add(1, std::memory_order_relaxed);
+    if (thread < num_threads) job.take_tasks(thread);
   }
 };
 
@@ -133,12 +155,7 @@ struct ThreadPool::Workers {
   std::vector<std::thread> threads;
   std::mutex run_mutex;
 
-  // The job. Written only while the gate is closed and empty.
-  const Body* body = nullptr;
-  size_t num_tasks = 0;
-  std::atomic<size_t> next_task{0};
-  std::atomic<bool> failed{false};
-  std::exception_ptr error;
+  Job job;  // started only while the gate is closed and empty
 
   // Workers inside the current job, and a bit that keeps late ones out of a finished job.
   static constexpr uint32_t kClosed = 1u << 31;
@@ -162,11 +179,7 @@ struct ThreadPool::Workers {
 
   void run(size_t tasks, const Body& task_body) {
     std::lock_guard<std::mutex> one_at_a_time(run_mutex);
-    body = &task_body;
-    num_tasks = tasks;
-    next_task.store(0, std::memory_order_relaxed);
-    failed.store(false, std::memory_order_relaxed);
-    error = nullptr;
+    job.start(tasks, task_body);
     gate.store(0);
     // Sequentially consistent, like the worker's `sleepers` and `generation`: one sees the other.
     generation.fetch_add(1);
@@ -177,7 +190,7 @@ struct ThreadPool::Workers {
       wake.notify_all();
     }
 
-    take_tasks(0);
+    job.take_tasks(0);
 
     gate.fetch_or(kClosed);
     const auto empty = [this] { return gate.load() == kClosed; };
@@ -185,20 +198,7 @@ struct ThreadPool::Workers {
       std::unique_lock<std::mutex> lock(sleep_mutex);
       left.wait(lock, empty);
     }
-    if (error) std::rethrow_exception(std::exchange(error, nullptr));
-  }
-
-  void take_tasks(int thread) {
-    for (;;) {
-      const size_t task = next_task.fetch_add(1, std::memory_order_relaxed);
-      if (task >= num_tasks) return;
-      try {
-        (*body)(task, thread);
-      } catch (...) {
-        if (!failed.exchange(true)) error = std::current_exception();
-        next_task.store(num_tasks, std::memory_order_relaxed);
-      }
-    }
+    job.rethrow();
   }
 
   void work(int thread) {
@@ -218,7 +218,7 @@ struct ThreadPool::Workers {
       while (!(inside & kClosed) && !gate.compare_exchange_weak(inside, inside + 1)) {
       }
       if (inside & kClosed) continue;
-      take_tasks(thread);
+      job.take_tasks(thread);
       if (gate.fetch_sub(1) == (kClosed | 1)) {
         {
           std::lock_guard<std::mutex> lock(sleep_mutex);
@@ -265,10 +265,11 @@ void ThreadPool::run(size_t num_tasks, const Body& body) {
     workers_->run(num_tasks, body);
     return;
   }
-  OpenMpJob job{body, num_tasks, num_threads_};
-  openmp_([](void* data) { static_cast<OpenMpJob*>(data)->take_tasks(); }, &job,
+  OpenMpJob shared(num_threads_);
+  shared.job.start(num_tasks, body);
+  openmp_([](void* data) { static_cast<OpenMpJob*>(data)->take_tasks(); }, &shared,
           static_cast<unsigned>(num_threads_), 0);
-  if (job.error) std::rethrow_exception(job.error);
+  shared.job.rethrow();
 }
 
 }  // namespace magicpig
