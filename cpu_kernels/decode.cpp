@@ -279,16 +279,21 @@ class Step {
 
   /// The rows that the group's heads sampled in a part, head after head.
   void gather_rows(const Task& task, const Plan& plan, TokenRange part, Scratch& scratch) {
-    scratch.rows.clear();
     scratch.first_row.assign(1, 0);
+    size_t size = 0;
     for (size_t head = 0; head < group_; ++head) {
       const SampleView& view = lookup_->view(
           task.request, task.kv_head * static_cast<int>(group_) + static_cast<int>(head));
       const int32_t* const end = view.positions + view.size;
-      const int32_t* token = std::lower_bound(view.positions, end, part.begin);
-      for (; token < end && *token < part.end; ++token)
-        scratch.rows.push_back(pages_.row(plan.blocks, task.kv_head, *token));
-      scratch.first_row.push_back(static_cast<int>(scratch.rows.size()));
+      const int32_t* const first = std::lower_bound(view.positions, end, part.begin);
+      const int32_t* const last = std::lower_bound(first, end, part.end);
+      const size_t before = size;
+      size += static_cast<size_t>(last - first);
+      if (scratch.rows.size() < size) scratch.rows.resize(size);
+      const uint8_t** rows = scratch.rows.data() + before;
+      for (const int32_t* token = first; token < last; ++token)
+        *rows++ = pages_.row(plan.blocks, task.kv_head, *token);
+      scratch.first_row.push_back(static_cast<int>(size));
     }
   }
 
@@ -299,7 +304,8 @@ class Step {
     const int end = scratch.first_row[head + 1];
     args.rows = scratch.rows.data() + scratch.first_row[head];
     args.num_rows = end - scratch.first_row[head];
-    args.num_rows_ahead = static_cast<int>(scratch.rows.size()) - end;
+    args.num_rows_ahead = scratch.first_row.back() - end;
+    args.num_rows_fetched = scratch.first_row[head];
     args.num_heads = 1;
     args.weighting = &weightings_[first_query_head(task.request, task.kv_head) + head];
     args.softmax = &partial.softmax;

@@ -58,6 +58,7 @@ struct AttendArgs {
   const uint8_t* const* rows;  // K, then V
   int num_rows;
   int num_rows_ahead;    // pointers behind those, which the caller attends to next: prefetched only
+  int num_rows_fetched;  // pointers before those, which the caller attended to just now
   const float* queries;  // [num_heads][head_size]
   int num_heads;
   const Weighting* weighting;  // null: every row has u = 1; else num_heads is 1
@@ -100,6 +101,9 @@ struct Kernels {
   void (*match_signatures)(const uint16_t* tiles, const uint16_t* ahead, int num_tiles,
                            int num_words, const uint16_t* query_codes, int num_heads,
                            const uint8_t* lowest, const Matches& matches);
+  /// The tokens whose bits are set, ascending, and how many: bit i of word w is first + 32 w + i.
+  /// tokens: [32 num_words], all of which may be written.
+  int (*list_tokens)(const uint32_t* words, int num_words, int32_t first, int32_t* tokens);
   /// Adds rows to the running softmax of each head.
   void (*attend)(const AttendArgs& args);
 };

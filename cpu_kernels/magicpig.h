@@ -131,9 +131,15 @@ class Pages {
   uint8_t* chunk(int block, int kv_head) const {
     return memory_ + (static_cast<size_t>(block) * num_kv_heads_ + kv_head) * chunk_bytes_;
   }
+  /// token / block_size by a product. Exact: the reciprocal is too large by less than block_size /
+  /// 32 <= 2^11, a token's tile is below 2^25, and 2^36 is less than one.
+  int block_of(int token) const {
+    return static_cast<int>(static_cast<uint64_t>(token / kTileTokens) * blocks_per_tile_ >> 37);
+  }
   const uint8_t* row(const int32_t* blocks, int kv_head, int token) const {
-    return chunk(blocks[token / layout_.block_size], kv_head) +
-           static_cast<size_t>(token % layout_.block_size) * layout_.row_bytes();
+    const int block = block_of(token);
+    return chunk(blocks[block], kv_head) +
+           static_cast<size_t>(token - block * layout_.block_size) * layout_.row_bytes();
   }
   /// Codes of the tile [code_words][32] that holds `offset` of a block.
   uint16_t* tile(int block, int kv_head, int offset) const {
@@ -176,6 +182,7 @@ class Pages {
   int num_kv_heads_;
   size_t chunk_bytes_;
   PageLayout layout_;
+  uint64_t blocks_per_tile_;  // times 2^37, rounded up
   std::unique_ptr<std::atomic<uint64_t>[]> epochs_;
   std::atomic<uint64_t> epochs_started_{0};
   std::unique_ptr<std::atomic<int32_t>[]> held_;

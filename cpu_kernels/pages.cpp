@@ -29,6 +29,8 @@ Pages::Pages(uint8_t* memory, int num_blocks, int num_kv_heads, size_t chunk_byt
       num_kv_heads_(num_kv_heads),
       chunk_bytes_(chunk_bytes),
       layout_(layout),
+      blocks_per_tile_(((uint64_t{1} << 37) * kTileTokens + layout.block_size - 1) /
+                       static_cast<uint64_t>(layout.block_size)),
       epochs_(new std::atomic<uint64_t>[static_cast<size_t>(num_blocks)]),
       held_(new std::atomic<int32_t>[static_cast<size_t>(num_blocks)]) {
   for (int block = 0; block < num_blocks; ++block) {

@@ -230,28 +230,23 @@ void Lookup::run_task(const Task& task, Scratch& scratch) {
 /// The matches of a head that lie in the middle, moved to the thread's arena.
 Lookup::Found Lookup::keep(const Plan& plan, const Stretch& stretch, const Matches& matches,
                            int head, Scratch& scratch) const {
-  const uint32_t* words = matches.words + static_cast<size_t>(head) * matches.head_stride;
+  uint32_t* words = matches.words + static_cast<size_t>(head) * matches.head_stride;
   const int begin = std::max(stretch.begin, plan.middle.begin);
   const int end = std::min(stretch.end, plan.middle.end);
   // Bits outside the middle: at most the first word's lowest and the last one's highest, and whole
   // words behind it.
   const int first_word = (begin - stretch.begin) / kTileTokens;
   const int end_word = divide_up(end - stretch.begin, kTileTokens);
+  const int num_words = end_word - first_word;
   const uint32_t first_mask = ~uint32_t{0} << ((begin - stretch.begin) % kTileTokens);
-  const uint32_t last_mask = ~uint32_t{0} >> (end_word * kTileTokens - (end - stretch.begin));
+  const uint32_t before = words[first_word] & ~first_mask;
+  words[first_word] &= first_mask;
+  words[end_word - 1] &= ~uint32_t{0} >> (end_word * kTileTokens - (end - stretch.begin));
 
   Found found = {nullptr, nullptr, 0};
-  int32_t* positions =
-      scratch.arena.take<int32_t>(static_cast<size_t>(end_word - first_word) * kTileTokens);
-  int32_t* next = positions;
-  for (int w = first_word; w < end_word; ++w) {
-    uint32_t word = words[w];
-    if (w == first_word) word &= first_mask;
-    if (w == end_word - 1) word &= last_mask;
-    const int token = stretch.begin + w * kTileTokens;
-    for (; word != 0; word &= word - 1) *next++ = token + __builtin_ctz(word);
-  }
-  found.size = static_cast<int>(next - positions);
+  int32_t* positions = scratch.arena.take<int32_t>(static_cast<size_t>(num_words) * kTileTokens);
+  found.size = kernels_.list_tokens(words + first_word, num_words,
+                                    stretch.begin + first_word * kTileTokens, positions);
   scratch.arena.keep(positions, static_cast<size_t>(found.size));
   found.positions = positions;
   if (matches.scores == nullptr) return found;
@@ -260,7 +255,7 @@ Lookup::Found Lookup::keep(const Plan& plan, const Stretch& stretch, const Match
   // first word's masked bits come first.
   size_t skipped = 0;
   for (int w = 0; w < first_word; ++w) skipped += __builtin_popcount(words[w]);
-  skipped += __builtin_popcount(words[first_word] & ~first_mask);
+  skipped += __builtin_popcount(before);
   uint8_t* scores = scratch.arena.take<uint8_t>(static_cast<size_t>(found.size));
   std::memcpy(scores, matches.scores + static_cast<size_t>(head) * matches.score_stride + skipped,
               static_cast<size_t>(found.size));

@@ -29,7 +29,7 @@ namespace {
 }  // namespace
 
 const Kernels kernels = {hash,        pack_codes,       log_u, match_segment,
-                         match_tiles, match_signatures, attend};
+                         match_tiles, match_signatures, list_tokens, attend};
 
 }  // namespace magicpig::avx512_vpopcnt
 
