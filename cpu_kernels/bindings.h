@@ -170,6 +170,12 @@ inline void check_apart(const Named& written, std::initializer_list<Named> other
   }
 }
 
+inline void check_whole_rows(const char* name, py::ssize_t stride, py::ssize_t item) {
+  if (stride != item)
+    refuse(name, " has a stride of ", stride,
+           " bytes in its last dimension, but rows must be contiguous (", item, "); copy it.");
+}
+
 /// Keys or values, in any strides but with whole rows contiguous.
 inline RowsView rows_view(const char* name, const py::array& array, const Pages& pages,
                           int64_t num_tokens) {
@@ -181,11 +187,7 @@ inline RowsView rows_view(const char* name, const py::array& array, const Pages&
     check_dtype<float>(name, array);
   else
     check_dtype<uint16_t>(name, array);
-  if (array.size() > 0 && array.shape(2) > 1 && array.strides(2) != array.itemsize())
-    refuse(name, " has a stride of ", array.strides(2),
-           " bytes in its last dimension, but rows must "
-           "be contiguous (",
-           array.itemsize(), "); copy it.");
+  if (array.size() > 0) check_whole_rows(name, array.strides(2), array.itemsize());
   return {static_cast<const uint8_t*>(array.data()), array.strides(0), array.strides(1)};
 }
 

@@ -4,12 +4,12 @@
 // A task is (request, kv head, part). Parts depend on the request alone and their results merge in
 // one order, so that the output is the same for any number of threads, and any batch.
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <limits>
 
 #include "elements.h"
 #include "sample_lookup.h"
+#include "timing.h"
 
 namespace magicpig {
 namespace {
@@ -162,8 +162,6 @@ class Step {
   }
 
  private:
-  using Clock = std::chrono::steady_clock;
-
   size_t group_index(int request, int kv_head) const {
     return static_cast<size_t>(request * pages_.num_kv_heads() + kv_head);
   }
@@ -200,11 +198,6 @@ class Step {
       input_.hash->hash(queries_, num_vectors, nullptr, heads, codes, isa_, pool);
     sample_.query_codes = codes;
     output_.hash_ns = nanoseconds_since(start);
-  }
-
-  static uint64_t nanoseconds_since(Clock::time_point start) {
-    return static_cast<uint64_t>(
-        std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count());
   }
 
   void look_up(ThreadPool& pool) {

@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "magicpig.h"
+#include "timing.h"
 
 namespace magicpig {
 
@@ -31,7 +32,6 @@ class GiveWay {
   }
 
  private:
-  using Clock = std::chrono::steady_clock;
   /// Not a wake-up by the step, which would have to pay for it.
   static constexpr std::chrono::microseconds kNap{250};
   static constexpr std::chrono::milliseconds kPatience{200};

@@ -2,9 +2,10 @@
 #include "sample_lookup.h"
 
 #include <algorithm>
-#include <chrono>
 #include <climits>
 #include <cstring>
+
+#include "timing.h"
 
 namespace magicpig {
 namespace {
@@ -127,13 +128,11 @@ void Lookup::make_tasks(int num_threads) {
 }
 
 void Lookup::run(ThreadPool& pool, std::vector<Scratch>& scratch) {
-  using Clock = std::chrono::steady_clock;
   const auto timed = [&](int thread, const auto& body) {
     Scratch& own = scratch[static_cast<size_t>(thread)];
     const Clock::time_point start = Clock::now();
     body(own);
-    own.lookup_ns += static_cast<uint64_t>(
-        std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count());
+    own.lookup_ns += nanoseconds_since(start);
   };
   const size_t heads = static_cast<size_t>(pages_.num_kv_heads());
   if (limited() && by_signature())

@@ -351,8 +351,7 @@ void match_segment(const SegmentView& s, const uint16_t* query_codes, int num_he
 /// What the words of one head say: tokens of set bits, where bit 0 of the first is `token`.
 int list_tokens(const uint32_t* words, int num_words, int32_t token, int32_t* tokens) {
   int32_t* next = tokens;
-  for (int w = 0; w < num_words; ++w)
-    next = append_tokens(words[w], token + w * kTileTokens, next);
+  for (int w = 0; w < num_words; ++w) next = append_tokens(words[w], token + w * kTileTokens, next);
   return static_cast<int>(next - tokens);
 }
 

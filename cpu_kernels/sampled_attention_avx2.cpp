@@ -22,7 +22,7 @@ namespace {
 #include "sampled_attention.inl"
 }  // namespace
 
-const Kernels kernels = {hash,        pack_codes,       log_u, match_segment,
+const Kernels kernels = {hash,        pack_codes,       log_u,       match_segment,
                          match_tiles, match_signatures, list_tokens, attend};
 
 }  // namespace magicpig::avx2

@@ -366,8 +366,7 @@ inline uint32_t take_at_least(uint8_t* counters, int threshold) {
 
 /// Appends token + i for each bit i of a word, in their order; 32 places from next on are writable.
 inline int32_t* append_tokens(uint32_t word, int32_t token, int32_t* next) {
-  const __m512i lane =
-      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   for (int half = 0; half < 2; ++half, word >>= 16, token += 16) {
     const __mmask16 bits = static_cast<__mmask16>(word);
     const __m512i tokens = _mm512_add_epi32(lane, _mm512_set1_epi32(token));

@@ -1,22 +1,13 @@
 // What the callbacks of a sparse layer do: note what the stream stored, or store and attend.
 #include <algorithm>
-#include <chrono>
 #include <limits>
 #include <utility>
 
 #include "checks.h"
 #include "stream.h"
+#include "timing.h"
 
 namespace magicpig {
-namespace {
-
-using Clock = std::chrono::steady_clock;
-
-uint64_t nanoseconds(Clock::duration time) {
-  return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(time).count());
-}
-
-}  // namespace
 
 // ------------------------------------------------------------------------------------------ jobs
 
@@ -146,7 +137,7 @@ void StreamLayer::decode(const StepContents& contents, const float* center) {
   times.lookup_ns = output.lookup_ns;
   times.attend_ns = output.attention_ns;
   times.store_ns = nanoseconds(stored - start);
-  times.step_ns = nanoseconds(Clock::now() - start);
+  times.step_ns = nanoseconds_since(start);
   record(contents, rows, times);
 }
 
