@@ -141,12 +141,21 @@ std::vector<double> sequential_read(const Array<uint8_t>& buffer, const std::vec
                }));
 }
 
+/// The level is part of the instruction.
+void prefetch_row(const uint8_t* row, size_t row_bytes, int cache_level) {
+  if (cache_level == 1)
+    for (size_t line = 0; line < row_bytes; line += 64) __builtin_prefetch(row + line, 0, 3);
+  else
+    for (size_t line = 0; line < row_bytes; line += 64) __builtin_prefetch(row + line, 0, 2);
+}
+
 /// Rows of row_bytes (a multiple of 64) at rows[repeat][i] * row_bytes, each prefetched `distance`
 /// rows ahead and read whole; every thread takes one stretch of a repeat's rows. GB/s of each
 /// repeat but the first, which warms up: other rows each time, since a repeated set may fit the
 /// last-level cache.
 std::vector<double> gather_rows(const Array<uint8_t>& buffer, const Array<int64_t>& rows,
-                                size_t row_bytes, int distance, const std::vector<int>& cpus) {
+                                size_t row_bytes, int distance, int cache_level,
+                                const std::vector<int>& cpus) {
   size_t bytes = 0;
   const uint8_t* p = aligned_begin(buffer, &bytes);
   if (row_bytes == 0 || row_bytes % kWords != 0)
@@ -166,11 +175,8 @@ std::vector<double> gather_rows(const Array<uint8_t>& buffer, const Array<int64_
                  const int64_t* own = ids + (repeat + 1) * per_repeat + share * thread;
                  Words sum = {};
                  for (size_t i = 0; i < share; ++i) {
-                   if (distance > 0 && i + distance < share) {
-                     const uint8_t* ahead = p + own[i + distance] * row_bytes;
-                     for (size_t line = 0; line < row_bytes; line += 64)
-                       __builtin_prefetch(ahead + line, 0, 3);
-                   }
+                   if (distance > 0 && i + distance < share)
+                     prefetch_row(p + own[i + distance] * row_bytes, row_bytes, cache_level);
                    sum ^= fold(p + own[i] * row_bytes, row_bytes);
                  }
                  sink ^= any_bit(sum);
@@ -315,7 +321,7 @@ PYBIND11_MODULE(magicpig_bench_native, m) {
   m.def("sequential_read", &sequential_read, py::arg("buffer"), py::arg("cpus"),
         py::arg("repeats"));
   m.def("gather_rows", &gather_rows, py::arg("buffer"), py::arg("rows"), py::arg("row_bytes"),
-        py::arg("distance"), py::arg("cpus"));
+        py::arg("distance"), py::arg("cache_level"), py::arg("cpus"));
   py::class_<ReferenceIndex>(m, "ReferenceIndex")
       .def(py::init<const Array<uint16_t>&, int>(), py::arg("codes"), py::arg("num_bits"))
       .def_property_readonly("num_bytes", &ReferenceIndex::num_bytes)

@@ -102,11 +102,11 @@ def test_bandwidths_are_positive_and_rows_are_checked() -> None:
     buffer = np.ones(1 << 22, np.uint8)
     assert len(native.sequential_read(buffer, CPUS[:1], 3)) == 3
     rows = np.random.default_rng(0).integers(8000, size=(3, 400))
-    rates = native.gather_rows(buffer, rows, 512, 8, CPUS[:1])
+    rates = native.gather_rows(buffer, rows, 512, 8, 2, CPUS[:1])
     assert len(rates) == 2
     assert min(rates) > 0
     with pytest.raises(ValueError, match="row 8192 is not in the buffer"):
-        native.gather_rows(buffer, np.full((1, 4), 8192), 512, 8, CPUS[:1])
+        native.gather_rows(buffer, np.full((1, 4), 8192), 512, 8, 2, CPUS[:1])
 
 
 def test_a_growing_request_decodes_as_a_stored_one() -> None:
