@@ -348,10 +348,9 @@ void match_segment(const SegmentView& s, const uint16_t* query_codes, int num_he
   }
 }
 
-/// What the words of one head say: tokens of set bits, where bit 0 of the first is `token`.
-int list_tokens(const uint32_t* words, int num_words, int32_t token, int32_t* tokens) {
+int list_tokens(const uint32_t* words, int num_words, int32_t first, int32_t* tokens) {
   int32_t* next = tokens;
-  for (int w = 0; w < num_words; ++w) next = append_tokens(words[w], token + w * kTileTokens, next);
+  for (int w = 0; w < num_words; ++w) next = append_tokens(words[w], first + w * kTileTokens, next);
   return static_cast<int>(next - tokens);
 }
 
@@ -415,6 +414,7 @@ inline void match_signatures_of(const uint16_t* tiles, const uint16_t* ahead, in
     Tile16 differing[kHeads];
     for (int h = 0; h < kHeads; ++h) differing[h] = zero_tile();
     for (int w = 0; w < num_words; ++w) {
+      // Into L1: these are few and next in turn.
       __builtin_prefetch(ahead + i * tile_words + w * kTileTokens, 0, 3);
       const Tile16 words = load_tile(tile + w * kTileTokens);
       for (int h = 0; h < kHeads; ++h)

@@ -215,18 +215,18 @@ def measure(
     config: dict[str, Any],
 ) -> Result:
     few, many = given.tokens
-    ms: dict[str, list[float]] = {name: [] for name in engines}
+    runs_ms: dict[str, list[float]] = {name: [] for name in engines}
     fractions: list[float] = []
     for repeat in range(-1, given.repeats):
         names = list(engines) if repeat % 2 else list(reversed(engines))
         for name in names:
             answer = engines[name].generate(prompt, batch, few, many)
             if repeat >= 0:  # the first one warms up
-                ms[name].append(1e3 * answer["seconds_per_token"])
+                runs_ms[name].append(1e3 * answer["seconds_per_token"])
                 if answer["sampled_fraction"] is not None:
                     fractions.append(answer["sampled_fraction"])
-    tpot = {name: median(times) for name, times in ms.items()}
-    tpot_p25 = {name: float(np.percentile(times, 25)) for name, times in ms.items()}
+    tpot = {name: median(times) for name, times in runs_ms.items()}
+    tpot_p25 = {name: float(np.percentile(times, 25)) for name, times in runs_ms.items()}
     note(
         f"{len(prompt)} tokens x {batch}: "
         + ", ".join(f"{name} {ms:.1f} ms per token" for name, ms in tpot.items())
@@ -244,7 +244,7 @@ def measure(
         prefill_s=prefill,
         share_here=attention_share(config, len(prompt), batch),
         share_8b=attention_share(SHAPES["llama-3.1-8b"], len(prompt), batch),
-        runs_ms=ms,
+        runs_ms=runs_ms,
     )
 
 
