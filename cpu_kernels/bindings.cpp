@@ -10,6 +10,7 @@
 #include <variant>
 
 #include "bindings_rows.h"
+#include "segment_memory.h"
 
 namespace magicpig {
 
@@ -571,6 +572,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("builds_refused",
                              [](BoundIndex& b) { return b.index.builds_refused(); });
 
+  m.def("idle_segment_bytes", &idle_segment_bytes);
   m.def("sample", &sample_arrays, arg("pages"), arg("rule"), arg("index").none(true),
         array_arg("query_codes"), array_arg("block_tables"), array_arg("seq_lens"), py::kw_only(),
         arg("isa"), arg("pool"));

@@ -10,34 +10,40 @@
 
 namespace magicpig {
 
-/// Of one thread that does work in the background.
+/// Of one thread that does work in the background; copies start anew.
 class GiveWay {
  public:
-  /// steps: the pool of what goes first; null: nothing does.
-  explicit GiveWay(const ThreadPool* steps) : steps_(steps) {}
+  /// steps: the pool of what goes first; null: nothing does. can_wait: whether the work may come
+  /// late; else it goes on in small turns while steps run.
+  GiveWay(const ThreadPool* steps, bool can_wait)
+      : steps_(steps),
+        patience_(can_wait ? kPatience : Clock::duration::zero()),
+        turn_(can_wait ? Clock::duration{kLongTurn} : Clock::duration{kTurn}) {}
 
-  /// Called every few tens of microseconds; sleeps while the pool is in use. Where the pool is
-  /// never seen at rest, a thread works for kSlice after each kPatience, so that what it builds
-  /// does come: fewer than one step in a hundred meets that.
+  /// Called every few tens of microseconds. Sleeps while the pool is in use, but works for a turn
+  /// whenever its patience is at an end, so that what it builds does come. A long turn delays a
+  /// step, but one in a hundred at most meets one; a small one does not show beside a step.
   void operator()() {
     if (steps_ == nullptr || !steps_->in_use()) return;
     const Clock::time_point now = Clock::now();
     if (now < free_until_) return;
-    const Clock::time_point deadline = now + kPatience;
+    const Clock::time_point deadline = now + patience_;
     do {
       std::this_thread::sleep_for(kNap);
       if (!steps_->in_use()) return;
     } while (Clock::now() < deadline);
-    free_until_ = Clock::now() + kSlice;
+    free_until_ = Clock::now() + turn_;
   }
 
  private:
   /// Not a wake-up by the step, which would have to pay for it.
   static constexpr std::chrono::microseconds kNap{250};
   static constexpr std::chrono::milliseconds kPatience{200};
-  static constexpr std::chrono::milliseconds kSlice{1};
+  static constexpr std::chrono::milliseconds kLongTurn{1};
+  static constexpr std::chrono::microseconds kTurn{50};
 
   const ThreadPool* steps_;
+  Clock::duration patience_, turn_;
   Clock::time_point free_until_{};
 };
 

@@ -1,8 +1,4 @@
 // Codes of vectors, and the buckets of sealed segments.
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -12,37 +8,14 @@
 
 #include "give_way.h"
 #include "kernels.h"
+#include "segment_memory.h"
 
 namespace magicpig {
 namespace {
 
-constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kSmallPage = 4096;
 
 size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
-
-/// Memory of its own for a large segment, in whole pages, starting on a huge one: a probe reads two
-/// random lines, and on small pages it misses the TLB twice as well. Not by malloc, which would
-/// keep what was freed, nor rounded up to huge pages, which for the smallest segments would cost a
-/// quarter of their size.
-uint16_t* map_pages(size_t bytes) {
-#if defined(__linux__)
-  void* memory = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) throw std::bad_alloc();
-  uint8_t* first = static_cast<uint8_t*>(memory);
-  const size_t before = -reinterpret_cast<uintptr_t>(first) % kHugePage;
-  if (before > 0) munmap(first, before);
-  first += before;
-  if (before < kHugePage) munmap(first + bytes, kHugePage - before);
-  madvise(first, bytes, MADV_HUGEPAGE);  // advice: small pages are correct, too
-  return reinterpret_cast<uint16_t*>(first);
-#else
-  void* memory = std::malloc(bytes);
-  if (memory == nullptr) throw std::bad_alloc();
-  return static_cast<uint16_t*>(memory);
-#endif
-}
 
 size_t storage_bytes(const Segment& shape, int num_kv_heads) {
   const size_t bytes = static_cast<size_t>(num_kv_heads) *
@@ -67,7 +40,7 @@ constexpr size_t kTokensAtOnce = 4096;
 
 /// What one thread needs to sort kTablesAtOnce tables of a segment.
 struct SortScratch {
-  explicit SortScratch(const ThreadPool* gives_way_to) : give_way(gives_way_to) {}
+  explicit SortScratch(const GiveWay& to_steps) : give_way(to_steps) {}
 
   GiveWay give_way;
   std::unique_ptr<uint16_t[]> codes;   // [kTablesAtOnce][tokens]
@@ -174,13 +147,11 @@ void sort_tables(const Pages& pages, const Segment& segment, int kv_head, int fi
 }  // namespace
 
 void Segment::Free::operator()(uint16_t* memory) const {
-#if defined(__linux__)
-  if (mapped_bytes > 0) {
-    munmap(memory, mapped_bytes);
-    return;
+  if (own_bytes > 0) {
+    give_back_segment_memory(memory, own_bytes);
+  } else {
+    std::free(memory);
   }
-#endif
-  std::free(memory);
 }
 
 size_t LshIndex::level_of(const Stretch& stretch) const {
@@ -330,7 +301,8 @@ bool LshIndex::build_one(const Stretch& stretch, ThreadPool& pool, const ThreadP
   if (!segment) return false;
   // What nothing serves is compared by code, which takes the steps longer than a builder beside
   // them.
-  sort_codes(*segment, pool, 2 * before.all >= before.wanted ? gives_way_to : nullptr);
+  const bool can_wait = 2 * before.all >= before.wanted;
+  sort_codes(*segment, pool, GiveWay(gives_way_to, can_wait));
 
   // A seqlock's end: codes that were read too late come from writes whose epochs are seen here.
   std::atomic_thread_fence(std::memory_order_acquire);
@@ -451,7 +423,8 @@ std::shared_ptr<Segment> LshIndex::allocate(const Stretch& stretch) {
     return nullptr;
   }
   if (segment->storage_bytes >= kHugePage) {
-    segment->storage = {map_pages(segment->storage_bytes), Segment::Free{segment->storage_bytes}};
+    segment->storage = {take_segment_memory(segment->storage_bytes),
+                        Segment::Free{segment->storage_bytes}};
   } else {
     void* memory = std::malloc(segment->storage_bytes);
     if (memory == nullptr) throw std::bad_alloc();
@@ -460,13 +433,12 @@ std::shared_ptr<Segment> LshIndex::allocate(const Stretch& stretch) {
   return segment;
 }
 
-void LshIndex::sort_codes(Segment& segment, ThreadPool& pool,
-                          const ThreadPool* gives_way_to) const {
+void LshIndex::sort_codes(Segment& segment, ThreadPool& pool, const GiveWay& to_steps) const {
   const size_t tokens = static_cast<size_t>(segment.segment_tokens);
   const size_t num_buckets = static_cast<size_t>(segment.num_buckets);
   const int groups = (segment.num_tables + kTablesAtOnce - 1) / kTablesAtOnce;
   std::vector<SortScratch> scratch;
-  for (int thread = 0; thread < pool.num_threads(); ++thread) scratch.emplace_back(gives_way_to);
+  for (int thread = 0; thread < pool.num_threads(); ++thread) scratch.emplace_back(to_steps);
   pool.run(static_cast<size_t>(groups * pages_.num_kv_heads()), [&](size_t task, int thread) {
     const int kv_head = static_cast<int>(task) / groups;
     const int first_table = static_cast<int>(task) % groups * kTablesAtOnce;

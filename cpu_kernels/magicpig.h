@@ -221,7 +221,7 @@ struct Segment {
   static constexpr uint16_t kNoBucket = 0xffff;
 
   struct Free {
-    size_t mapped_bytes;  // 0: from malloc
+    size_t own_bytes;  // of segment_memory.h; 0: from malloc
     void operator()(uint16_t* memory) const;
   };
 
@@ -251,6 +251,8 @@ struct Requests {
 
   const int32_t* blocks(int request) const { return tables + request * stride; }
 };
+
+class GiveWay;  // give_way.h
 
 /// Sealed segments of one layer, found by the first block of their stretch and trusted as far as
 /// the blocks they cover are the request's and still have the epochs that they had when the stretch
@@ -351,7 +353,7 @@ class LshIndex {
   bool make_room(size_t num_bytes);
   uint32_t refused_levels() const;
   std::shared_ptr<Segment> allocate(const Stretch& stretch);
-  void sort_codes(Segment& segment, ThreadPool& pool, const ThreadPool* gives_way_to) const;
+  void sort_codes(Segment& segment, ThreadPool& pool, const GiveWay& to_steps) const;
   SegmentPtr take_out(SegmentMap& map, SegmentMap::iterator place);
 
   const Pages& pages_;

@@ -21,6 +21,7 @@ def test_sampled_and_exact_heads_are_counted_apart() -> None:
         centers_frozen=2,
         threads=4,
         isa="avx2",
+        idle_index_bytes=3 << 20,
     )
     assert (summary.sampled_heads, summary.exact_heads, summary.decode_steps) == (4, 4, 1)
     assert summary.sampled_fraction == pytest.approx(40 / 2000)
@@ -29,6 +30,7 @@ def test_sampled_and_exact_heads_are_counted_apart() -> None:
     assert (summary.page_bytes, summary.index_bytes, summary.segments_built) == (140, 10, 6)
     assert summary.builds_refused == 2
     assert "2.00 % of the middle" in summary.line()
+    assert "3.0 MiB idle" in summary.line()
     assert "2 refused for lack of room" in summary.line()
 
 

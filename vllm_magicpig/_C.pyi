@@ -158,6 +158,10 @@ class SampleRule:
         seed: int = 0,
     ) -> None: ...
 
+def idle_segment_bytes() -> int:
+    """Memory, bytes, that dropped segments of this process left for the next ones of their size: at most
+    twice the largest size there was."""
+
 class LshIndex:
     """Sealed bucket segments over the pages of one layer.
 

@@ -46,6 +46,11 @@ FIGURES = (
     Figure("page_tokens", GaugeMetricFamily, "Tokens in host pages."),
     Figure("page_bytes", GaugeMetricFamily, "Bytes of host pages in use, all layers."),
     Figure("index_bytes", GaugeMetricFamily, "Bytes of the index, all layers."),
+    Figure(
+        "idle_index_bytes",
+        GaugeMetricFamily,
+        "Bytes that dropped segments left for the next ones; at most twice the largest.",
+    ),
     Figure("segments", GaugeMetricFamily, "Index segments held."),
     Figure("segments_built", CounterMetricFamily, "Index segments built."),
     Figure("segments_reused", CounterMetricFamily, "Index segments found for a cached prefix."),

@@ -127,5 +127,6 @@ def _rank_lines(samples: Samples, place: tuple[str, str]) -> list[str]:
         f"{figure('page_tokens'):.0f} tokens",
         f"  index memory  {figure('index_bytes') / 2**20:.1f} MiB in {figure('segments'):.0f} "
         f"segments ({figure('segments_built_total'):.0f} built, "
-        f"{figure('segments_reused_total'):.0f} reused, {refused:.0f} refused for lack of room)",
+        f"{figure('segments_reused_total'):.0f} reused, {refused:.0f} refused for lack of room), "
+        f"{figure('idle_index_bytes') / 2**20:.1f} MiB idle",
     ]

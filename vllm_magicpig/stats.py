@@ -92,6 +92,7 @@ class MagicPigStats:
     page_tokens: int
     page_bytes: int
     index_bytes: int
+    idle_index_bytes: int  # kept for the next segments
     segments: int
     segments_built: int
     segments_reused: int
@@ -120,7 +121,7 @@ class MagicPigStats:
         return (
             f"{self.page_tokens} tokens in {_mib(self.page_bytes)} of pages, index "
             f"{_mib(self.index_bytes)} in {self.segments} segments ({self.segments_built} built, "
-            f"{self.segments_reused} reused{refused}); sampled rows per query head: mean "
+            f"{self.segments_reused} reused{refused}; {_mib(self.idle_index_bytes)} idle); sampled rows per query head: mean "
             f"{self.sampled_rows_mean:.0f}, p50 {self.sampled_rows_p50:.0f}, p99 "
             f"{self.sampled_rows_p99:.0f}, {100 * self.sampled_fraction:.2f} % of the middle; per "
             f"decode step: {hashing}lookup {self.lookup_us_per_step:.0f} us, attend "
@@ -137,8 +138,11 @@ def summarise(
     centers_frozen: int,
     threads: int,
     isa: str,
+    idle_index_bytes: int = 0,
 ) -> MagicPigStats:
-    """Adds the layers up; every sampled layer sees every step, so steps are those of one layer."""
+    """Adds the layers up; every sampled layer sees every step, so steps are those of one layer.
+
+    idle_index_bytes: of the process, beside what the layers hold."""
     heads = sum(layer.sampled_heads for layer in layers)
     rows = sum(layer.sampled_rows for layer in layers)
     middle = sum(layer.middle_rows for layer in layers)
@@ -158,6 +162,7 @@ def summarise(
         page_tokens=max((use.tokens for use in pages), default=0),
         page_bytes=sum(use.page_bytes for use in pages),
         index_bytes=sum(use.index_bytes for use in pages),
+        idle_index_bytes=idle_index_bytes,
         segments=sum(use.segments for use in pages),
         segments_built=sum(use.segments_built for use in pages),
         builds_refused=sum(use.builds_refused for use in pages),

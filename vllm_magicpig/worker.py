@@ -202,6 +202,7 @@ class MagicPigWorker:
             ),
             threads=self._pool.num_threads,
             isa=self._isa.name,
+            idle_index_bytes=_C.idle_segment_bytes(),
         )
 
 
