@@ -94,7 +94,7 @@ void give_back_segment_memory(uint16_t* memory, size_t bytes) {
       blocks.push_back({memory, bytes});
       idle().bytes += bytes;
       surplus.clear();
-      while (idle().bytes > 2 * idle().largest) {
+      while (idle().bytes > kMostIdle * idle().largest) {
         surplus.push_back(blocks.front());
         idle().bytes -= blocks.front().bytes;
         blocks.erase(blocks.begin());

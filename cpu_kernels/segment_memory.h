@@ -11,12 +11,15 @@ namespace magicpig {
 /// From this size on segments have memory of their own; its start is a multiple of it.
 constexpr size_t kHugePage = size_t{2} << 20;
 
+constexpr size_t kMostIdle = 4;
+
 /// Memory for a segment of so many bytes, a multiple of the page size and at least kHugePage. What
 /// it holds is undefined. Throws std::bad_alloc.
 uint16_t* take_segment_memory(size_t bytes);
 
-/// Gives it back. Some is kept for take_segment_memory: what was given back last, and at most twice
-/// the largest size ever taken (a segment and the two that it replaces).
+/// Gives it back. Some is kept for take_segment_memory: what was given back last, and at most
+/// kMostIdle times the largest size ever taken: less than the room that each layer has for a
+/// merge, of which only the layer in work uses its own.
 void give_back_segment_memory(uint16_t* memory, size_t bytes);
 
 /// What is kept at the moment, bytes.

@@ -60,13 +60,13 @@ def test_a_segment_takes_the_memory_of_a_dropped_one() -> None:
 
 
 def keep_as_much_as_there_may_be() -> None:
-    """Five segments are dropped, the memory of two is kept."""
-    layer = _layer(5)
+    """Six segments are dropped, the memory of four is kept."""
+    layer = _layer(6)
     assert layer.index is not None
-    size = _seal(layer) // 5 - SOURCES
+    size = _seal(layer) // 6 - SOURCES
     assert _C.idle_segment_bytes() == 0
     layer.index.clear()
-    assert _C.idle_segment_bytes() == 2 * size
+    assert _C.idle_segment_bytes() == 4 * size
     _seal(layer)
     assert _C.idle_segment_bytes() == 0
 

@@ -160,7 +160,7 @@ class SampleRule:
 
 def idle_segment_bytes() -> int:
     """Memory, bytes, that dropped segments of this process left for the next ones of their size: at most
-    twice the largest size there was."""
+    four times the largest size there was."""
 
 class LshIndex:
     """Sealed bucket segments over the pages of one layer.

@@ -49,7 +49,7 @@ FIGURES = (
     Figure(
         "idle_index_bytes",
         GaugeMetricFamily,
-        "Bytes that dropped segments left for the next ones; at most twice the largest.",
+        "Bytes that dropped segments left for the next ones; at most four of the largest.",
     ),
     Figure("segments", GaugeMetricFamily, "Index segments held."),
     Figure("segments_built", CounterMetricFamily, "Index segments built."),
