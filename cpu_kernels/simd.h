@@ -183,17 +183,6 @@ inline uint32_t take_at_least(uint8_t* counters, int threshold) {
   return bits;
 }
 
-/// Appends token + i for each bit i of a word, in their order; 32 places from next on are writable.
-inline int32_t* append_tokens(uint32_t word, int32_t token, int32_t* next) {
-  // Words hold few bits: writing three whatever they are costs less than guessing how many.
-  const int size = __builtin_popcount(word);
-  uint32_t left = word;
-  for (int i = 0; i < 3; ++i, left &= left - 1)
-    next[i] = token + __builtin_ctz(left | uint32_t{1} << 31);
-  for (int i = 3; i < size; ++i, left &= left - 1) next[i] = token + __builtin_ctz(left);
-  return next + size;
-}
-
 #elif defined(MAGICPIG_SIMD_AVX512)
 
 // Only what SIMDe 0.8.2 has (intrinsics_avx512.h): no reductions, no _mm512_cmpeq_epi16_mask.
@@ -364,18 +353,6 @@ inline uint32_t take_at_least(uint8_t* counters, int threshold) {
   return bits;
 }
 
-/// Appends token + i for each bit i of a word, in their order; 32 places from next on are writable.
-inline int32_t* append_tokens(uint32_t word, int32_t token, int32_t* next) {
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  for (int half = 0; half < 2; ++half, word >>= 16, token += 16) {
-    const __mmask16 bits = static_cast<__mmask16>(word);
-    const __m512i tokens = _mm512_add_epi32(lane, _mm512_set1_epi32(token));
-    _mm512_storeu_si512(next, _mm512_maskz_compress_epi32(bits, tokens));
-    next += __builtin_popcount(bits);
-  }
-  return next;
-}
-
 #else  // portable: plain arrays, for the compiler to vectorise as it can; needs elements.h
 
 constexpr int kLanes = 8;
@@ -525,12 +502,6 @@ inline uint32_t take_at_least(uint8_t* counters, int threshold) {
   for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(counters[i] >= threshold) << i;
   memset(counters, 0, 32);
   return bits;
-}
-
-/// Appends token + i for each bit i of a word, in their order; 32 places from next on are writable.
-inline int32_t* append_tokens(uint32_t word, int32_t token, int32_t* next) {
-  for (; word != 0; word &= word - 1) *next++ = token + __builtin_ctz(word);
-  return next;
 }
 
 #endif
