@@ -47,8 +47,7 @@ const uint16_t* query_codes_of(const SampleRule& rule, const py::array& query_co
 
 // ------------------------------------------------------------------------------------- settings
 
-constexpr int kMaxBits = 15;     // codes are uint16, and one more value means "no bucket"
-constexpr int kMaxTables = 255;  // counters are uint8
+constexpr int kMaxBits = 15;  // codes are uint16, and one more value means "no bucket"
 constexpr int kMaxSignatureTables = 256;
 
 Isa resolve_isa(const std::string& name) {

@@ -85,6 +85,7 @@ class ThreadPool {
 enum class RowType { float32, bfloat16, float16 };
 inline size_t element_bytes(RowType type) { return type == RowType::float32 ? 4 : 2; }
 
+constexpr int kMaxTables = 255;  // counters are uint8
 constexpr int kMaxHeadSize = 256;
 
 /// Codes lie in tiles of this many tokens: [token / 32][word][32], so that a scan is sequential.

@@ -262,7 +262,6 @@ struct Run {
   uint32_t size;
 };
 
-constexpr int kMaxTables = 256;
 constexpr int kHeadsAtOnce = 4;
 constexpr int kTablesAhead = 24;
 
@@ -350,8 +349,8 @@ void match_segment(const SegmentView& s, const uint16_t* query_codes, int num_he
   }
 }
 
-/// Appends token + i for each bit i of word, in their order; 64 places from next on are writable, or
-/// 32 where the upper half is zero.
+/// Appends token + i for each bit i of word, in their order; 64 places from next on are writable,
+/// or 32 where the upper half is zero.
 inline int32_t* append_tokens(uint64_t word, int32_t token, int32_t* next) {
   // Most words hold few bits: writing four whatever they are costs less than guessing how many, and
   // far less than a vector that is compressed and stored across two lines.

@@ -1,6 +1,7 @@
 // Memory of large segments, kept for the next one of the same size. Fresh memory costs a page fault
-// for each huge page, and a thread in one cannot give way to a decode step: a tenth of a millisecond
-// where the machine has the memory at hand, some milliseconds where a hypervisor has to fetch it.
+// for each huge page, and a thread in one cannot give way to a decode step: a tenth of a
+// millisecond where the machine has the memory at hand, some milliseconds where a hypervisor has to
+// fetch it.
 #pragma once
 
 #include <cstddef>
