@@ -204,7 +204,9 @@ BUILDERS = ("idle", "merges", "builds what is missing")
 def part_background(given: Any, report: Report, cpus: Sequence[int], native: ModuleType) -> None:
     """Phases of what the builder does take turns. Its threads are on the CPUs of the kernel, as in a
     worker, and niced; where it merges segments that serve, they rest while a step runs. They get on
-    while the caches are emptied between two steps, in the place of a model's other layers."""
+    while the caches are emptied between two steps, in the place of a model's other layers. Each kind
+    of work is done twice before, so that segments find the memory of dropped ones: a thread that takes
+    fresh memory from the system cannot give way meanwhile."""
     config = BUCKETS[0]
     isa, pool = _C.resolve_isa("auto"), kernel_pool(cpus)
     rows = generate("mixed", given.decode_tokens)
@@ -217,6 +219,9 @@ def part_background(given: Any, report: Report, cpus: Sequence[int], native: Mod
     times: dict[str, list[float]] = {name: [] for name in BUILDERS}
     built = dict.fromkeys(BUILDERS, 0)
     evict = Evictor()
+    for phase in BUILDERS[1:] * 2:
+        work.ask(builder, merges=phase == "merges")
+        builder.drain()
     for number, query in enumerate(queries):
         phase = BUILDERS[number // PHASE_STEPS % len(BUILDERS)]
         if number % PHASE_STEPS == 0:

@@ -121,7 +121,8 @@ class MagicPigStats:
         return (
             f"{self.page_tokens} tokens in {_mib(self.page_bytes)} of pages, index "
             f"{_mib(self.index_bytes)} in {self.segments} segments ({self.segments_built} built, "
-            f"{self.segments_reused} reused{refused}; {_mib(self.idle_index_bytes)} idle); sampled rows per query head: mean "
+            f"{self.segments_reused} reused{refused}; {_mib(self.idle_index_bytes)} idle); "
+            f"sampled rows per query head: mean "
             f"{self.sampled_rows_mean:.0f}, p50 {self.sampled_rows_p50:.0f}, p99 "
             f"{self.sampled_rows_p99:.0f}, {100 * self.sampled_fraction:.2f} % of the middle; per "
             f"decode step: {hashing}lookup {self.lookup_us_per_step:.0f} us, attend "
