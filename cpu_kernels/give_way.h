@@ -10,7 +10,7 @@
 
 namespace magicpig {
 
-/// Of one thread that does work in the background; copies start anew.
+/// Of one thread that does work in the background.
 class GiveWay {
  public:
   /// steps: the pool of what goes first; null: nothing does. can_wait: whether the work may come

@@ -321,8 +321,9 @@ inline void collect(uint8_t* counters, int num_tokens, uint8_t lowest, int head,
 }
 
 /// First where the ids of all probes lie, table by table, as the heads' buckets of one table are
-/// near each other. Then, head by head, all ids are fetched before the first is counted: fetching
-/// between the counting takes two thirds longer, as the counters miss L1 as well.
+/// near each other. Then, head by head, all ids are fetched before the first is counted. Measured
+/// on Zen 4 with 64K tokens: fetching them between the counting, at any distance, takes two thirds
+/// longer, and fetching the next head's before this one is counted three times as long.
 void match_segment(const SegmentView& s, const uint16_t* query_codes, int num_heads,
                    const uint8_t* lowest, uint8_t* counters, const Matches& matches) {
   Run runs[kHeadsAtOnce * kMaxTables];

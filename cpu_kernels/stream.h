@@ -142,8 +142,8 @@ class StreamStep {
 /// Nothing waits for it: what lacks a segment is compared by code.
 class SegmentBuilder {
  public:
-  /// Throws std::invalid_argument like ThreadPool. All of its threads are niced, and rest while the
-  /// pool gives_way_to, where there is one, is in use (give_way.h).
+  /// Throws std::invalid_argument like ThreadPool. All of its threads are niced, and give way
+  /// while the pool gives_way_to, where there is one, is in use (give_way.h).
   explicit SegmentBuilder(const std::vector<int>& cpus,
                           std::shared_ptr<const ThreadPool> gives_way_to = nullptr);
   ~SegmentBuilder();  // after the segment that is being built

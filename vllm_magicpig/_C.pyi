@@ -345,7 +345,8 @@ class SegmentBuilder:
     Nothing waits for it: what lacks a segment is compared by code. Its threads are niced by 10. A
     segment is kept only if no block it covers has had a new owner since it was asked for. Smaller
     ones are built before larger ones, equal ones layer by layer. While decode_attention runs on the
-    pool `gives_way_to` its threads rest, but for a millisecond after each 200 of waiting.
+    pool `gives_way_to`, its threads rest, but for a millisecond after each 200 of waiting, where smaller
+    segments serve meanwhile; else they work in turns of 50 microseconds.
     """
 
     def __init__(self, cpus: Sequence[int], gives_way_to: ThreadPool | None = None) -> None: ...
