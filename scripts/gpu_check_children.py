@@ -110,6 +110,8 @@ def _start(child: Child, logs: Path) -> _Running:
             stdin=subprocess.DEVNULL,
             env=os.environ | child.environment,
             start_new_session=True,
+            # A shell's background job ignores it, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     return _Running(child, process, log, time.monotonic())
 

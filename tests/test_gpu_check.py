@@ -199,7 +199,7 @@ def test_an_interrupted_child_may_finish_its_report(tmp_path: Path) -> None:
         "try:\n    time.sleep(600)\n"
         f"finally:\n    pathlib.Path({str(report)!r}).write_text('told')\n"
     )
-    assert run_children([python("a", code)], tmp_path, budget_s=10)["a"].state == CUT
+    assert run_children([python("a", code)], tmp_path, budget_s=4)["a"].state == CUT
     assert report.read_text() == "told"
 
 
