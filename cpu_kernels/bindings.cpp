@@ -7,9 +7,7 @@
 
 #include <optional>
 #include <thread>
-#include <variant>
 
-#include "bindings_rows.h"
 #include "segment_memory.h"
 
 namespace magicpig {
@@ -34,16 +32,6 @@ Requests requests_of(const Pages& pages, const py::array& block_tables, const py
 }
 
 namespace {
-
-/// Query codes of a batch, none of more bits than the rule's.
-const uint16_t* query_codes_of(const SampleRule& rule, const py::array& query_codes,
-                               int64_t num_reqs, int64_t num_q_heads) {
-  const uint16_t* codes = input<uint16_t>(
-      "query_codes", query_codes,
-      {{"num_reqs", num_reqs}, {"num_q_heads", num_q_heads}, {"words", rule.table->code_words()}});
-  check_query_codes(codes, static_cast<size_t>(query_codes.size()), rule.table->word_bits());
-  return codes;
-}
 
 // ------------------------------------------------------------------------------------- settings
 
@@ -354,131 +342,6 @@ std::vector<std::pair<int, int>> find(const BoundIndex& self, const py::array& b
   return ranges;
 }
 
-// --------------------------------------------------------------------------------------- decode
-
-const LshIndex* index_of(const BoundIndex* index, const BoundPages& pages) {
-  if (index == nullptr) return nullptr;
-  check_same_pages(*index, pages);
-  return &index->index;
-}
-
-/// Codes, or what makes them of the queries.
-using QueryCodes = std::optional<std::variant<const SimHash*, py::array>>;
-
-/// That the hash makes the codes of these pages and of the rule.
-void check_hash(const SimHash& hash, const SampleRule& rule, const Pages& pages) {
-  const InclusionTable& table = *rule.table;
-  if (hash.head_size() != pages.layout().head_size || hash.code_words() != table.code_words() ||
-      hash.word_bits() != table.word_bits())
-    refuse("query_codes is a hash of vectors of ", hash.head_size(), " elements into ",
-           hash.code_words(), " words of ", hash.word_bits(), " bits, but ",
-           pages.layout().head_size, " elements, ", table.code_words(), " words and ",
-           table.word_bits(), " bits are needed; pass the hash of these keys.");
-}
-
-/// Per request and query head (positions, matches of the threshold, fraction).
-std::vector<std::vector<py::tuple>> sample_arrays(const BoundPages& pages, const BoundRule& rule,
-                                                  const BoundIndex* index,
-                                                  const py::array& query_codes,
-                                                  const py::array& block_tables,
-                                                  const py::array& seq_lens, Isa isa,
-                                                  ThreadPool& pool) {
-  check_isa(isa);
-  const Requests requests = requests_of(pages.pages, block_tables, seq_lens);
-  check_shape("query_codes", query_codes, {{"num_reqs"}, {"num_q_heads"}, {"words"}});
-  const int num_q_heads = check_query_heads(query_codes.shape(1), pages.pages);
-  const LshIndex* segments = index_of(index, pages);
-  check_rule(rule.rule, pages.pages, segments);
-  const SampleInput in = {&rule.rule, segments,
-                          query_codes_of(rule.rule, query_codes, requests.size, num_q_heads)};
-  std::vector<std::vector<HeadSample>> samples;
-  {
-    py::gil_scoped_release release;
-    samples = sample(pages.pages, requests, num_q_heads, in, isa, pool);
-  }
-  std::vector<std::vector<py::tuple>> arrays;
-  for (const auto& heads : samples) {
-    arrays.emplace_back();
-    for (const HeadSample& head : heads)
-      arrays.back().push_back(
-          py::make_tuple(py::array_t<int32_t>(static_cast<py::ssize_t>(head.positions.size()),
-                                              head.positions.data()),
-                         head.threshold.matches, head.threshold.fraction));
-  }
-  return arrays;
-}
-
-py::tuple decode(const BoundPages& pages, const BoundRule* rule, const BoundIndex* index,
-                 py::handle query, const QueryCodes& query_codes,
-                 const std::optional<py::array>& center, const py::array& block_tables,
-                 const py::array& seq_lens, py::handle out, std::optional<py::array>& lse,
-                 double scale, int64_t exact_below, Isa isa, ThreadPool& pool) {
-  check_isa(isa);
-  const Requests requests = requests_of(pages.pages, block_tables, seq_lens);
-  const int head_size = pages.pages.layout().head_size;
-  DecodeInput in = {};
-  const RowsArgument queries = rows_argument("query", query, pages.pages, requests.size, -1);
-  in.query = queries.view();
-  in.query_type = queries.type;
-  in.num_q_heads = check_query_heads(queries.shape[1], pages.pages);
-  in.scale = finite_scale(scale);
-  in.exact_below = token_count("exact_below", exact_below);
-
-  const int given = (rule != nullptr) + query_codes.has_value() + center.has_value();
-  if (given != 0 && given != 3)
-    refuse("Of rule, query_codes and center, ", given,
-           " are given, but sampling needs all three and exact attention none; pass all or None.");
-  if (given == 0 && index != nullptr)
-    refuse("index is given without a rule, but exact attention reads none; pass both or None.");
-  SampleInput sample = {};
-  const py::array* codes = nullptr;
-  if (given == 3) {
-    sample.rule = &rule->rule;
-    sample.index = index_of(index, pages);
-    check_rule(rule->rule, pages.pages, sample.index);
-    if (const auto* hash = std::get_if<const SimHash*>(&*query_codes)) {
-      in.hash = *hash;
-      check_hash(*in.hash, rule->rule, pages.pages);
-    } else {
-      codes = &std::get<py::array>(*query_codes);
-      sample.query_codes = query_codes_of(rule->rule, *codes, requests.size, in.num_q_heads);
-    }
-    in.sample = &sample;
-    in.center =
-        input<float>("center", *center,
-                     {{"num_kv_heads", pages.pages.num_kv_heads()}, {"head_size", head_size}});
-  }
-
-  DecodeOutput result = {};
-  const RowsArgument outputs =
-      rows_argument("out", out, pages.pages, requests.size, in.num_q_heads);
-  check_output(outputs);
-  result.out = outputs.data;
-  result.out_type = outputs.type;
-  std::vector<Named> written = {{"out", outputs.extent()}};
-  if (lse.has_value()) {
-    result.lse =
-        output<float>("lse", *lse, {{"num_reqs", requests.size}, {"num_q_heads", in.num_q_heads}});
-    check_apart(written[0], {{"lse", *lse}});
-    written.push_back({"lse", *lse});
-  }
-  for (const Named& one : written) {
-    check_apart(one, {{"query", queries.extent()},
-                      {"block_tables", block_tables},
-                      {"seq_lens", seq_lens},
-                      {"the memory of the pages", pages.memory}});
-    if (given == 3) check_apart(one, {{"center", *center}});
-    if (codes != nullptr) check_apart(one, {{"query_codes", *codes}});
-  }
-  py::array_t<int32_t> rows({requests.size, in.num_q_heads});
-  result.sampled_rows = rows.mutable_data();
-  {
-    py::gil_scoped_release release;
-    decode_attention(pages.pages, requests, in, result, isa, pool);
-  }
-  return py::make_tuple(rows, result.hash_ns, result.lookup_ns, result.attention_ns);
-}
-
 #if defined(MAGICPIG_SANITIZE)
 /// An error on purpose, in sanitized builds alone: scripts/sanitize.py sees it reported before it
 /// believes that silence means anything.
@@ -536,7 +399,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("pack_codes", &pack_codes_array, array_arg("projections"), arg("num_bits"), arg("isa"),
         arg("pool"));
 
-  py::class_<SimHash>(m, "SimHash")
+  py::class_<SimHash, std::shared_ptr<SimHash>>(m, "SimHash")
       .def(py::init(&make_hash), array_arg("signs"), arg("head_size"), arg("num_bits"),
            arg("num_tables"))
       .def("hash", &hash_codes, array_arg("vectors"), array_arg("center").none(true), arg("isa"),
@@ -572,15 +435,7 @@ PYBIND11_MODULE(_C, m) {
                              [](BoundIndex& b) { return b.index.builds_refused(); });
 
   m.def("idle_segment_bytes", &idle_segment_bytes);
-  m.def("sample", &sample_arrays, arg("pages"), arg("rule"), arg("index").none(true),
-        array_arg("query_codes"), array_arg("block_tables"), array_arg("seq_lens"), py::kw_only(),
-        arg("isa"), arg("pool"));
-
-  m.def("decode_attention", &decode, arg("pages"), arg("rule").none(true), arg("index").none(true),
-        arg("query"), arg("query_codes").noconvert().none(true), array_arg("center").none(true),
-        array_arg("block_tables"), array_arg("seq_lens"), arg("out"), array_arg("lse").none(true),
-        py::kw_only(), arg("scale"), arg("exact_below"), arg("isa"), arg("pool"));
-
+  bind_decode(m);
   bind_streams(m);
 
 #if defined(MAGICPIG_SANITIZE)

@@ -22,6 +22,8 @@ namespace magicpig {
 
 namespace py = pybind11;
 
+/// bindings_decode.cpp.
+void bind_decode(py::module_& m);
 /// bindings_stream.cpp.
 void bind_streams(py::module_& m);
 
@@ -231,6 +233,11 @@ inline void check_rule(const SampleRule& rule, const Pages& pages, const LshInde
   if (table.num_bits() != index->num_bits())
     refuse("rule is for K = ", table.num_bits(), ", but the index for K = ", index->num_bits(),
            "; make both for the same K.");
+}
+
+inline py::array_t<int32_t> recent_rows(const DecodeRecord& record) {
+  const std::vector<int32_t> rows = record.recent_rows();
+  return py::array_t<int32_t>(static_cast<py::ssize_t>(rows.size()), rows.data());
 }
 
 inline void check_same_pages(const BoundIndex& index, const BoundPages& pages) {

@@ -259,11 +259,6 @@ void launch_decode(BoundLayer& self, uintptr_t stream, const BoundStep& step) {
   self.layer->launch_decode(reinterpret_cast<void*>(stream), step.step);
 }
 
-py::array_t<int32_t> recent_rows(const BoundLayer& self) {
-  const std::vector<int32_t> rows = self.layer->recent_rows();
-  return py::array_t<int32_t>(static_cast<py::ssize_t>(rows.size()), rows.data());
-}
-
 void ask(const std::shared_ptr<SegmentBuilder>& self, BoundIndex& index,
          const py::array& block_tables, const py::array& seq_lens) {
   const Requests requests = requests_of(index.pages->pages, block_tables, seq_lens);
@@ -325,17 +320,6 @@ void bind_streams(py::module_& m) {
       .def("raise_error", [](SegmentBuilder& b) { b.raise_error(); })
       .def_property_readonly("pending", [](const SegmentBuilder& b) { return b.pending(); });
 
-  py::class_<StreamCounters>(m, "StreamCounters")
-      .def_readonly("decode_steps", &StreamCounters::decode_steps)
-      .def_readonly("sampled_heads", &StreamCounters::sampled_heads)
-      .def_readonly("exact_heads", &StreamCounters::exact_heads)
-      .def_readonly("sampled_rows", &StreamCounters::sampled_rows)
-      .def_readonly("middle_rows", &StreamCounters::middle_rows)
-      .def_readonly("lookup_ns", &StreamCounters::lookup_ns)
-      .def_readonly("attend_ns", &StreamCounters::attend_ns)
-      .def_readonly("store_ns", &StreamCounters::store_ns)
-      .def_readonly("step_ns", &StreamCounters::step_ns);
-
   py::class_<BoundLayer>(m, "StreamLayer")
       .def(py::init(&make_layer), arg("pages").none(false), arg("rule").none(true),
            arg("index").none(true), arg("exchange").none(false), arg("callbacks").none(false),
@@ -344,8 +328,9 @@ void bind_streams(py::module_& m) {
       .def("set_center", &set_center, array_arg("center"))
       .def("launch_stored", &launch_stored, arg("stream"), arg("step"))
       .def("launch_decode", &launch_decode, arg("stream"), arg("step"))
-      .def_property_readonly("counters", [](const BoundLayer& b) { return b.layer->counters(); })
-      .def("recent_rows", &recent_rows);
+      .def_property_readonly("counters",
+                             [](const BoundLayer& b) { return b.layer->record().counters(); })
+      .def("recent_rows", [](const BoundLayer& b) { return recent_rows(b.layer->record()); });
 }
 
 }  // namespace magicpig

@@ -175,12 +175,17 @@ class Step {
            group_;
   }
 
+  /// Where a request's query and output are.
+  ptrdiff_t token_of(size_t request) const {
+    return input_.tokens == nullptr ? static_cast<ptrdiff_t>(request) : input_.tokens[request];
+  }
+
   void read_queries() {
     const size_t heads = static_cast<size_t>(input_.num_q_heads);
     queries_ = workspace_.arena.take<float>(plans_.size() * heads * head_size_);
     for (size_t i = 0; i < plans_.size() * heads; ++i)
       to_float(input_.query_type,
-               input_.query.bytes + static_cast<ptrdiff_t>(i / heads) * input_.query.token_stride +
+               input_.query.bytes + token_of(i / heads) * input_.query.token_stride +
                    static_cast<ptrdiff_t>(i % heads) * input_.query.head_stride,
                head_size_, queries_ + i * head_size_);
   }
@@ -321,6 +326,8 @@ class Step {
     const Plan& plan = plans_[request];
     const size_t first = partial_index({request, kv_head, 0});
     alignas(64) float out[kMaxHeadSize];
+    uint8_t* const token =
+        output_.out + token_of(static_cast<size_t>(request)) * output_.token_stride;
     for (size_t head = 0; head < group_; ++head) {
       const size_t query_head = first_query_head(request, kv_head) + head;
       float max = kNoMax;
@@ -345,7 +352,8 @@ class Step {
       const float inverse = empty ? 0.0f : 1.0f / sum;
       for (size_t d = 0; d < head_size_; ++d) out[d] *= inverse;
       from_float(output_.out_type, out, head_size_,
-                 output_.out + query_head * head_size_ * element_bytes(output_.out_type));
+                 token + (static_cast<size_t>(kv_head) * group_ + head) * head_size_ *
+                             element_bytes(output_.out_type));
       if (output_.lse != nullptr)
         output_.lse[query_head] =
             empty ? -std::numeric_limits<float>::infinity() : max + std::log(sum);

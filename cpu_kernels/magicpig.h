@@ -512,7 +512,8 @@ std::vector<std::vector<HeadSample>> sample(const Pages& pages, const Requests& 
 // --------------------------------------------------------------------------- decode (decode.cpp)
 
 struct DecodeInput {
-  RowsView query;  // of each request, [num_q_heads][head_size]
+  RowsView query;         // of each token, [num_q_heads][head_size]
+  const int64_t* tokens;  // of each request, rows of query and out; null: its number
   RowType query_type;
   int num_q_heads;
   float scale;
@@ -523,7 +524,8 @@ struct DecodeInput {
 };
 
 struct DecodeOutput {
-  uint8_t* out;            // [num_reqs][num_q_heads][head_size]
+  uint8_t* out;            // of each token, [num_q_heads][head_size]
+  ptrdiff_t token_stride;  // in bytes
   RowType out_type;        // what it is rounded to
   float* lse;              // [num_reqs][num_q_heads], or null
   int32_t* sampled_rows;   // [num_reqs][num_q_heads], -1 where exact

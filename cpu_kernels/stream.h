@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "decode_record.h"
 #include "magicpig.h"
 
 namespace magicpig {
@@ -188,25 +189,9 @@ struct DecodeExchange {
   int num_q_heads;
 };
 
-/// What a layer did since it was made; lookup and attend summed over threads.
-struct StreamCounters {
-  uint64_t decode_steps = 0;
-  uint64_t sampled_heads = 0;
-  uint64_t exact_heads = 0;
-  uint64_t sampled_rows = 0;
-  uint64_t middle_rows = 0;
-  uint64_t lookup_ns = 0;
-  uint64_t attend_ns = 0;
-  uint64_t store_ns = 0;
-  uint64_t step_ns = 0;
-};
-
 /// The host side of one sparse layer.
 class StreamLayer : public std::enable_shared_from_this<StreamLayer> {
  public:
-  /// Query heads whose sample sizes are remembered: the last 512 steps of 32.
-  static constexpr size_t kRecentHeads = 16384;
-
   struct Parts {
     Pages* pages;
     const SampleRule* rule;  // null in exact mode
@@ -229,8 +214,7 @@ class StreamLayer : public std::enable_shared_from_this<StreamLayer> {
   void launch_stored(void* stream, std::shared_ptr<StreamStep> step);
   void launch_decode(void* stream, std::shared_ptr<StreamStep> step);
 
-  StreamCounters counters() const;
-  std::vector<int32_t> recent_rows() const;
+  const DecodeRecord& record() const { return record_; }
 
  private:
   using Center = std::shared_ptr<const std::vector<float>>;
@@ -243,14 +227,11 @@ class StreamLayer : public std::enable_shared_from_this<StreamLayer> {
   void decode(const StepContents& contents, const float* center);
   void store(const StepContents& contents, bool with_codes);
   void ask_for_segments(const Requests& requests);
-  void record(const StepContents& contents, const std::vector<int32_t>& rows,
-              const StreamCounters& times);
 
   const Parts parts_;
-  mutable std::mutex mutex_;  // guards what follows
+  DecodeRecord record_;
+  mutable std::mutex mutex_;  // guards the centre
   Center center_;
-  StreamCounters counters_;
-  std::vector<int32_t> recent_rows_;
 };
 
 }  // namespace magicpig

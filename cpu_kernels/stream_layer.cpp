@@ -125,6 +125,7 @@ void StreamLayer::decode(const StepContents& contents, const float* center) {
   std::vector<int32_t> rows(num_heads);
   DecodeOutput output = {};
   output.out = reinterpret_cast<uint8_t*>(exchange.out);
+  output.token_stride = head_bytes * exchange.num_q_heads;
   output.out_type = RowType::float32;
   output.sampled_rows = rows.data();
   decode_attention(*parts_.pages, requests, input, output, parts_.isa, *parts_.pool);
@@ -133,12 +134,8 @@ void StreamLayer::decode(const StepContents& contents, const float* center) {
   else if (center != nullptr)
     ask_for_segments({});  // what went stale is given back
 
-  StreamCounters times;
-  times.lookup_ns = output.lookup_ns;
-  times.attend_ns = output.attention_ns;
-  times.store_ns = nanoseconds(stored - start);
-  times.step_ns = nanoseconds_since(start);
-  record(contents, rows, times);
+  record_.add(requests, contents.decode_slots.data(), exchange.num_q_heads, parts_.rule, output,
+              nanoseconds(stored - start), nanoseconds_since(start));
 }
 
 /// The decodes' rows, and codes where there is a centre.
@@ -169,47 +166,6 @@ void StreamLayer::ask_for_segments(const Requests& requests) {
     if (middle_of(seq_len, *parts_.rule).size() < parts_.exact_below) seq_len = 0;
   parts_.builder->ask(*parts_.index,
                       {requests.tables, requests.stride, seq_lens.data(), requests.size});
-}
-
-/// rows: [decodes][num_q_heads], -1 where exact. Dummies do not count, nor a step of nothing else.
-void StreamLayer::record(const StepContents& contents, const std::vector<int32_t>& rows,
-                         const StreamCounters& times) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  bool real = false;
-  for (size_t i = 0; i < contents.decode_slots.size(); ++i) {
-    if (contents.decode_slots[i] < 0) continue;
-    real = true;
-    const int middle =
-        parts_.rule == nullptr ? 0 : middle_of(contents.seq_lens[i], *parts_.rule).size();
-    const size_t num_heads = static_cast<size_t>(parts_.exchange.num_q_heads);
-    for (size_t head = i * num_heads; head < (i + 1) * num_heads; ++head) {
-      if (rows[head] < 0) {
-        ++counters_.exact_heads;
-        continue;
-      }
-      const size_t position = counters_.sampled_heads++ % kRecentHeads;
-      if (position == recent_rows_.size()) recent_rows_.push_back(0);
-      recent_rows_[position] = rows[head];
-      counters_.sampled_rows += static_cast<uint64_t>(rows[head]);
-      counters_.middle_rows += static_cast<uint64_t>(middle);
-    }
-  }
-  if (!real) return;
-  ++counters_.decode_steps;
-  counters_.lookup_ns += times.lookup_ns;
-  counters_.attend_ns += times.attend_ns;
-  counters_.store_ns += times.store_ns;
-  counters_.step_ns += times.step_ns;
-}
-
-StreamCounters StreamLayer::counters() const {
-  std::lock_guard<std::mutex> lock(mutex_);
-  return counters_;
-}
-
-std::vector<int32_t> StreamLayer::recent_rows() const {
-  std::lock_guard<std::mutex> lock(mutex_);
-  return recent_rows_;
 }
 
 }  // namespace magicpig

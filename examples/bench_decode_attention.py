@@ -33,7 +33,7 @@ from bench_layer import (
     SINK_TOKENS,
     WINDOW_TOKENS,
     Config,
-    Decoded,
+    Counted,
     Decoder,
     DenseLayer,
     Placement,
@@ -330,20 +330,17 @@ def measure_config(
     # One query for each call of all repeats, so that none has been seen by the caches.
     queries = make_queries(layer.requests, repeats + 1)
     agreement = check_agreement(decoder, dense, queries[-1])
-    decoded: list[Decoded] = []
+    counted: list[Counted] = []
     looked: list[float] = []
 
     output = torch.empty_like(queries[0])  # vLLM gives it to an attention layer
-
-    def ours(repeat: int) -> None:
-        decoded.append(decoder.decode(queries[repeat], output=output))
 
     def look_up(repeat: int) -> None:
         assert reference is not None
         looked.append(reference.lookup(codes[repeat], cpus).busy_s)
 
     sides: dict[str, Callable[[int], Any]] = {
-        "ours": ours,
+        "ours": lambda repeat: decoder.decode(queries[repeat], output=output),
         "dense": lambda repeat: dense.decode(queries[repeat], output),
         "exact": lambda repeat: decoder.decode(queries[repeat], exact=True, output=output),
     }
@@ -354,9 +351,18 @@ def measure_config(
         first = reference.lookup(codes[0], cpus, positions=True)
         entries = first.entries
         distinct_rows = float(_distinct(first.ids))
-    seconds = interleave(sides, repeats, Evictor(), clock)
-    decoded = decoded[1:]  # without the one that is not timed
-    rows = np.stack([one.rows for one in decoded])
+    evict = Evictor()
+
+    def between() -> None:
+        """Before each side: what the one before it counted, if it was ours."""
+        if (step := decoder.counted()) is not None:
+            counted.append(step)
+        evict()
+
+    seconds = interleave(sides, repeats, between, clock)
+    between()
+    counted = counted[1:]  # without the one that is not timed
+    rows = float(np.mean([one.rows for one in counted]))
     middle = case.num_tokens - SINK_TOKENS - WINDOW_TOKENS
     static = NUM_KV_HEADS * case.batch * (SINK_TOKENS + WINDOW_TOKENS)
     config = layer.config
@@ -367,11 +373,11 @@ def measure_config(
         ours=Timing.of(seconds["ours"]),
         dense=Timing.of(seconds["dense"]),
         exact=Timing.of(seconds["exact"]),
-        lookup_ms=Timing.of([one.lookup_ns / 1e9 for one in decoded]).p25_ms,
-        attend_ms=Timing.of([one.attend_ns / 1e9 for one in decoded]).p25_ms,
+        lookup_ms=Timing.of([one.lookup_ns / 1e9 for one in counted]).p25_ms,
+        attend_ms=Timing.of([one.attend_ns / 1e9 for one in counted]).p25_ms,
         reference_lookup_ms=Timing.of(looked[1:]).p25_ms if looked else None,
-        sampled_fraction=float(rows.mean()) / middle,
-        row_reads=float(rows.sum(axis=(1, 2)).mean()) + static * GROUP,
+        sampled_fraction=rows / (NUM_Q_HEADS * case.batch * middle),
+        row_reads=rows + static * GROUP,
         distinct_rows=None if distinct_rows is None else distinct_rows + static,
         row_bytes=layer.row_bytes,
         lookup_bytes=lookup_bytes(config, case, entries),
@@ -388,7 +394,7 @@ def measure_config(
 def check_agreement(decoder: Decoder, dense: DenseLayer, query: torch.Tensor) -> float:
     """Largest relative difference of a head's output between vLLM's op and our exact mode; ends the
     benchmark where it cannot be rounding: times of different results say nothing."""
-    ours = decoder.decode(query, exact=True).out.double()
+    ours = decoder.decode(query, exact=True).double()
     # Poisoned: a fresh tensor may lie where our result lay, and then agree with it unwritten.
     theirs = dense.decode(query, torch.full_like(query, math.nan)).double()
     difference = float(((ours - theirs).norm(dim=-1) / ours.norm(dim=-1)).max())

@@ -342,15 +342,18 @@ def part_tradeoff(given: Any, report: Report, cpus: Sequence[int], native: Modul
         seconds = interleave(sides, given.repeats, Evictor())
         for config in configs:
             layer = layers[Config(config.K, config.L)]
-            decoded = [decoders[config.name].decode(q[None]) for q in queries[: given.error_steps]]
-            estimate = torch.cat([one.out for one in decoded])
+            decoder = decoders[config.name]
+            decoder.counted()  # from here on
+            estimate = torch.cat([decoder.decode(q[None]) for q in queries[: given.error_steps]])
+            counted = decoder.counted()
+            assert counted is not None
             error = relative_error(estimate, exact).view(-1, NUM_KV_HEADS, GROUP)
             middle = num_tokens - SINK_TOKENS - WINDOW_TOKENS
             found.append(
                 Tradeoff(
                     num_tokens,
                     config.name,
-                    float(np.mean([one.rows.mean() for one in decoded])) / middle,
+                    counted.rows / (counted.steps * error[0].numel() * middle),
                     Timing.of(seconds[config.name]),
                     *_median_p90(error),
                     {name: _median_p90(error[:, h]) for h, name in enumerate(GEOMETRIES)},

@@ -112,12 +112,12 @@ def page_memory(num_bytes: int, native: ModuleType) -> npt.NDArray[np.uint8]:
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """out: bfloat16 [num_reqs, num_q_heads, head_size]; rows: int32 [num_reqs, num_q_heads], -1 where
-    exact; hash_ns; lookup_ns, attend_ns: summed over threads."""
+class Counted:
+    """Sampled steps of a decoder together. rows: sampled by all query heads; lookup_ns, attend_ns:
+    summed over threads."""
 
-    out: torch.Tensor
-    rows: npt.NDArray[np.int32]
+    steps: int
+    rows: int
     hash_ns: int
     lookup_ns: int
     attend_ns: int
@@ -212,41 +212,48 @@ class Decoder:
         config: Config | None = None,
     ) -> None:
         """config: the layer's with another share of rows, the layer's own by default."""
-        self.layer, self._isa, self._pool = layer, isa, pool
-        self._rule = sample_rule(options_of(config or layer.config))
+        self.layer = layer
         self.projection = layer.projection(isa, pool)
-        self._center = layer.center.numpy()
+        rule = sample_rule(options_of(config or layer.config))
+        settings = {"scale": layer.scale, "exact_below": 1, "isa": isa, "pool": pool}
+        self._exact = _C.DecodeLayer(layer.pages, None, None, None, **settings)
+        self._sampled = _C.DecodeLayer(
+            layer.pages, rule, layer.index, self.projection.native, **settings
+        )
+        self._sampled.set_center(layer.center.numpy())
+        # A step's, as vLLM's op has its scheduler's metadata.
+        placement = layer.placement
+        self._batch = _C.DecodeBatch(layer.pages, placement.block_tables, placement.seq_lens)
+        self._counted = self._sampled.counters
 
     def hash_queries(self, query: torch.Tensor) -> npt.NDArray[np.uint16]:
         return self.projection.hash_queries(query.float())
 
     def decode(
         self, query: torch.Tensor, exact: bool = False, output: torch.Tensor | None = None
-    ) -> Decoded:
+    ) -> torch.Tensor:
         """What a decode step of this layer does (vllm_magicpig/decode.py), from the query to the output
         in the model's dtype; storing the new token, cheap on either side, aside.
 
         query: bfloat16 [num_reqs, num_q_heads, head_size]; into `output` if given, as by vLLM.
         """
-        layer = self.layer
         out = torch.empty_like(query) if output is None else output
-        rows, hash_ns, lookup_ns, attend_ns = _C.decode_attention(
-            layer.pages,
-            None if exact else self._rule,
-            None if exact else layer.index,
-            query,
-            None if exact else self.projection.native,
-            None if exact else self._center,
-            layer.placement.block_tables,
-            layer.placement.seq_lens,
-            out,
-            None,
-            scale=layer.scale,
-            exact_below=1,
-            isa=self._isa,
-            pool=self._pool,
+        (self._exact if exact else self._sampled).attend(query, self._batch, out)
+        return out
+
+    def counted(self) -> Counted | None:
+        """The sampled steps since the last call, None without one."""
+        before, now = self._counted, self._sampled.counters
+        self._counted = now
+        if now.decode_steps == before.decode_steps:
+            return None
+        return Counted(
+            now.decode_steps - before.decode_steps,
+            now.sampled_rows - before.sampled_rows,
+            now.hash_ns - before.hash_ns,
+            now.lookup_ns - before.lookup_ns,
+            now.attend_ns - before.attend_ns,
         )
-        return Decoded(out, rows, hash_ns, lookup_ns, attend_ns)
 
 
 class DenseLayer:

@@ -84,6 +84,10 @@ class Case:
         self.num_tokens = choose([0, 1, 7, 300])
         self.max_decodes = choose([1, 3, 8])
         self.sampled = self.rng.random() < 0.8  # else exact attention
+        self.hashes = self.head_size <= self.hash_size and self.rng.random() < 0.5
+        self.num_rows = self.num_reqs + choose([0, 0, 3])
+        rows = sorted(self.rng.sample(range(self.num_rows), self.num_reqs))
+        self.tokens = choose([None, np.array(rows, np.int64)])
 
     def sample_of(self, limit: int, size: int) -> list[int]:
         return [self.rng.randrange(limit) for _ in range(size)] if limit else []
@@ -179,6 +183,10 @@ def sometimes_garbage(build: Callable[[Case], np.ndarray]) -> Callable[[Case], n
     return get
 
 
+def counts(case: Case, *shape: int) -> np.ndarray:
+    return np.full(shape, case.rng.randrange(-1, 2), np.int32)
+
+
 def isa(case: Case) -> Any:
     return _C.resolve_isa(case.rng.choice(["auto", "portable"]))
 
@@ -218,8 +226,9 @@ def made(name: str) -> Callable[[Case], Any]:
     def get(case: Case) -> Any:
         if name not in case.objects:
             case.objects[name] = make(case, name)
-            if name == "StreamLayer" and case.sampled and case.rng.random() < 0.7:
-                call(case, CALLS["StreamLayer.set_center"], {})
+            if name in ("StreamLayer", "DecodeLayer") and case.sampled and case.rng.random() < 0.7:
+                call(case, CALLS[f"{name}.set_center"], {})
+                case.objects["centred"] = name == "DecodeLayer" or case.objects.get("centred")
         return case.objects[name]
 
     return get
@@ -261,10 +270,14 @@ def in_either_dtype(*dims: str) -> Callable[[Case], Any]:
     return lambda case: sized(rows if case.rng.random() < 0.5 else floats, *dims)(case)
 
 
-def codes_or_hash(case: Case) -> Any:
-    if case.head_size <= case.hash_size and case.rng.random() < 0.3:
-        return made("SimHash")(case)
-    return codes(case, case.num_reqs, case.num_q_heads, case.code_words)
+def hasher(case: Case) -> Any:
+    return made("SimHash")(case) if case.sampled and case.hashes else None
+
+
+def codes_of_a_call(case: Case) -> Any:
+    """Where the layer has its centre, but no hasher."""
+    wanted = case.objects.get("centred") and not case.hashes
+    return codes(case, case.num_reqs, case.num_q_heads, case.code_words) if wanted else None
 
 
 def dim(name: str) -> Callable[[Case], Any]:
@@ -272,7 +285,9 @@ def dim(name: str) -> Callable[[Case], Any]:
 
 
 ARGUMENTS: dict[str, Callable[[Case], Any]] = {
-    "StreamCounters.self": lambda case: made("StreamLayer")(case).counters,
+    "DecodeCounters.self": lambda case: (
+        made(case.rng.choice(["StreamLayer", "DecodeLayer"]))(case).counters
+    ),
     "pages": made("Pages"),
     "index": lambda case: (
         made("LshIndex")(case)
@@ -335,11 +350,15 @@ ARGUMENTS: dict[str, Callable[[Case], Any]] = {
     "seq_lens": sized(seq_lens, "num_reqs"),
     "block_table": lambda case: block_tables(case, 1)[0],
     "LshIndex.find.num_tokens": lambda case: int(seq_lens(case, 1)[0]),
-    "query": in_either_dtype(*QUERY, "head_size"),
-    "query_codes": only_sampled(codes_or_hash),
+    "batch": made("DecodeBatch"),
+    "tokens": lambda case: case.tokens,
+    "hasher": hasher,
+    "query": in_either_dtype("num_rows", "num_q_heads", "head_size"),
+    "query_codes": codes_of_a_call,
     "sample.query_codes": sized(codes, *QUERY, "code_words"),
-    "center": only_sampled(sized(floats, "num_kv_heads", "head_size")),
-    "out": in_either_dtype(*QUERY, "head_size"),
+    "center": sized(floats, "num_kv_heads", "head_size"),
+    "out": in_either_dtype("num_rows", "num_q_heads", "head_size"),
+    "rows": lambda case: sized(counts, *QUERY)(case) if case.rng.random() < 0.8 else None,
     "lse": lambda case: sized(floats, *QUERY)(case) if case.rng.random() < 0.8 else None,
     "DecodeExchange.query": sized(floats, *DECODES, "head_size"),
     "DecodeExchange.key": sized(rows, *DECODED, "head_size"),
@@ -623,6 +642,8 @@ class Fuzz:
         if rng.random() < 0.6:  # on pages that hold something, some of it indexed
             names += ["Pages.store_rows", "Pages.store_codes", "LshIndex.seal"]
         prelude = len(names)
+        if rng.random() < 0.5:
+            names.append("DecodeLayer.attend")  # what everything else is for
         names += rng.choices(self.names, self.weights, k=CALLS_PER_CASE)
         for i, name in enumerate(names):
             if name in CALLS:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -159,6 +160,33 @@ class Layer:
             pool=self.pool(num_threads),
         )
         return [[positions for positions, _, _ in heads] for heads in samples]
+
+
+def decode_attention(
+    pages: _C.Pages,
+    rule: _C.SampleRule | None,
+    index: _C.LshIndex | None,
+    query: Any,
+    query_codes: _C.SimHash | npt.NDArray[np.uint16] | None,
+    center: npt.NDArray[np.float32] | None,
+    block_tables: npt.NDArray[np.int32],
+    seq_lens: npt.NDArray[np.int32],
+    out: Any,
+    lse: npt.NDArray[np.float32] | None = None,
+    tokens: npt.NDArray[np.int64] | None = None,
+    native: ModuleType = _C,
+    **settings: Any,
+) -> tuple[npt.NDArray[np.int32], _C.DecodeCounters]:
+    """One step of a layer of its own: (rows, what it counted). query_codes: or the layer's hasher;
+    settings: those of DecodeLayer."""
+    hasher = query_codes if isinstance(query_codes, native.SimHash) else None
+    layer = native.DecodeLayer(pages, rule, index, hasher, **settings)
+    if center is not None:
+        layer.set_center(center)
+    batch = native.DecodeBatch(pages, block_tables, seq_lens, tokens)
+    rows = np.full((len(seq_lens), np.shape(query)[1]), -2, np.int32)
+    layer.attend(query, batch, out, lse, rows, None if hasher is not None else query_codes)
+    return rows, layer.counters
 
 
 def best_cover(num_tokens: int, levels: Sequence[int]) -> list[tuple[int, int]]:

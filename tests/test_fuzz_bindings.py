@@ -44,7 +44,7 @@ def test_some_hundred_cases_reach_every_function_and_are_accepted_and_refused() 
     rows = [line.split() for line in result.stdout.splitlines() if re.search(r" \d+ ", line)]
     columns, counts = result.stdout.splitlines()[0].split(), {row[0]: row[1:] for row in rows}
     assert columns[:2] == ["calls", "accepted"]
-    for name in ("sample", "decode_attention", "LshIndex.seal", "StreamLayer.launch_decode"):
+    for name in ("sample", "DecodeLayer.attend", "LshIndex.seal", "StreamLayer.launch_decode"):
         calls, accepted = map(int, counts[name][:2])
         assert calls // 3 < accepted < calls, name
 

@@ -15,7 +15,6 @@ from vllm_magicpig.host_pages import HostPages
 from vllm_magicpig.key_center import KeyCenter
 from vllm_magicpig.lsh_index import LshIndex
 from vllm_magicpig.projection import Projection
-from vllm_magicpig.stats import LayerStats
 from vllm_magicpig.step import Chunk, Step
 
 HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, NUM_BLOCKS = 4, 2, 64, 128, 64
@@ -39,10 +38,7 @@ class Layer:
         self.index = LshIndex(
             OPTIONS, self.pages, self.projection, self.center, self.pool, self.builder
         )
-        self.stats = LayerStats()
-        self.kernel = DecodeKernel(
-            OPTIONS, self.pages, self.index, 0.125, self.isa, self.pool, self.stats
-        )
+        self.kernel = DecodeKernel(OPTIONS, self.pages, self.index, 0.125, self.isa, self.pool)
         self.keys: dict[str, torch.Tensor] = {}
         self.values: dict[str, torch.Tensor] = {}
         self.blocks: dict[str, list[int]] = {}
@@ -110,12 +106,12 @@ def attend(layer: Layer, query: torch.Tensor, step: Step) -> torch.Tensor:
 def assert_decodes_as_the_reference(layer: Layer, request: str) -> None:
     step = layer.append(request, 1)
     query = torch.randn(1, HEADS, HEAD_SIZE).to(layer.dtype)
-    before = layer.stats.sampled_rows
+    before = layer.kernel.stats().sampled_rows
     out = attend(layer, query, step)[0]
     expected, mask = layer.expected(request, query[0])
     # Codes come from GEMMs of other shapes, so a projection within rounding of zero may fall on the
     # other side: the samples are compared by size, the outputs where they are the same.
-    assert layer.stats.sampled_rows - before == mask.sum()
+    assert layer.kernel.stats().sampled_rows - before == mask.sum()
     assert (out.double() - expected).abs().max() < 1e-5
 
 
@@ -259,7 +255,7 @@ def test_before_the_centre_is_frozen_decode_is_exact(layer: Layer) -> None:
     keys, values = (x["a"].transpose(0, 1) for x in (layer.keys, layer.values))
     expected, _ = reference.exact_attention(query[0], keys, values, 0.125)
     assert (out.double() - expected).abs().max() < 1e-5
-    assert layer.stats.exact_heads == HEADS
+    assert layer.kernel.stats().exact_heads == HEADS
 
 
 def test_gathered_pieces_are_the_rows_in_order(layer: Layer) -> None:

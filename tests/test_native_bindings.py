@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from native_helpers import ISA_NAMES, MISSING_ISAS, Rule, inclusion_table, pool
+from native_helpers import (
+    ISA_NAMES,
+    MISSING_ISAS,
+    Rule,
+    decode_attention,
+    inclusion_table,
+    pool,
+)
 
 from vllm_magicpig import _C
 
@@ -89,7 +96,7 @@ def sample(**changes: Any) -> list[list[np.ndarray]]:
     return _C.sample(**{**arguments, **changes})
 
 
-def decode(**changes: Any) -> tuple[np.ndarray, int, int, int]:
+def decode(**changes: Any) -> tuple[np.ndarray, _C.DecodeCounters]:
     arguments: dict[str, Any] = {
         "pages": PAGES,
         "rule": Rule().native(3, 4),
@@ -106,7 +113,7 @@ def decode(**changes: Any) -> tuple[np.ndarray, int, int, int]:
         "isa": ISA,
         "pool": pool(),
     }
-    return _C.decode_attention(**{**arguments, **changes})
+    return decode_attention(**{**arguments, **changes})
 
 
 def test_the_good_calls_that_the_bad_ones_vary() -> None:
@@ -198,30 +205,43 @@ RULES = [
 ]
 DECODES = [
     ({"query": zeros(2, 4, 24)}, r"query has shape \(2, 4, 24\)"),
-    ({"query": zeros(1, 4, 16)}, r"query has shape \(1, 4, 16\)"),
+    ({"query": zeros(1, 4, 16)}, "query has 1 rows, but the batch needs 2"),
+    ({"query": zeros(2, 4, 16, 1)}, "query has 4 dimensions"),
     ({"query": zeros(2, 3, 16)}, "num_q_heads is 3"),
     ({"query": zeros(2, 0, 16)}, "num_q_heads is 0"),
     ({"query": zeros(2, 130, 16)}, "num_q_heads is 130"),
     ({"query": zeros(2, 4, 16, dtype=np.float64)}, "query is float64"),
     ({"query": zeros(2, 4, 32)[..., ::2]}, "query has a stride of 8 bytes in its last dimension"),
-    ({"query": torch.zeros(2, 4, 16, dtype=torch.bfloat16)}, "query is torch.bfloat16"),
-    ({"query": torch.zeros(2, 4, 16, device="meta")}, "query is on meta"),
+    (
+        {"query": torch.zeros(2, 4, 16, dtype=torch.bfloat16)},
+        "query is bfloat16, but must be float32 or what the pages hold, float32",
+    ),
+    (
+        {"query": torch.zeros(2, 4, 16, device="meta")},
+        "query is a tensor that is not in the CPU's memory .*meta",
+    ),
     ({"query": torch.zeros(2, 64)}, r"query has shape \(2, 64\)"),
     ({"query": [[[0.0]]]}, "query is a list, but must be an array or a tensor"),
-    ({"query_codes": HASH}, "query_codes is a hash of vectors of 16 elements into 8 words"),
+    ({"query_codes": HASH}, "hasher is for vectors of 16 elements and 8 words"),
     ({"query": misaligned(zeros(2, 4, 16))}, "query is not aligned"),
     ({"query_codes": zeros(2, 2, 4, dtype=np.uint16)}, r"query_codes has shape \(2, 2, 4\)"),
     ({"center": zeros(1, 16)}, r"center has shape \(1, 16\)"),
     ({"out": zeros(2, 4, 8)}, r"out has shape \(2, 4, 8\)"),
     ({"out": read_only(zeros(2, 4, 16))}, "out .*read-only"),
-    ({"out": zeros(4, 4, 16)[::2]}, "out is not contiguous"),
-    ({"out": torch.zeros(2, 8, 16)[:, ::2]}, "out is not contiguous"),
+    ({"out": torch.zeros(2, 8, 16)[:, ::2]}, "out has strides of 512 and 128 bytes"),
+    ({"out": torch.zeros(1, 4, 16).expand(2, 4, 16)}, "out has strides of 0 and 64 bytes"),
     ({"lse": zeros(2, 4, 1)}, r"lse has shape \(2, 4, 1\)"),
     ({"lse": zeros(2, 8)[:, ::2]}, "lse .*not C-contiguous"),
     ({"exact_below": -1}, "exact_below is -1"),
-    ({"rule": None}, "2 are given"),
-    ({"center": None}, "2 are given"),
-    ({"rule": None, "query_codes": None, "center": None}, "index is given without a rule"),
+    ({"rule": None}, "index is given without a rule"),
+    ({"rule": None, "index": None}, "This layer has no rule, but a center is for codes"),
+    ({"rule": None, "index": None, "query_codes": HASH}, "hasher is given without a rule"),
+    ({"center": None}, "query_codes are given, but this layer attends exactly; pass None"),
+    ({"query_codes": None}, "query_codes are None, but this layer has no hasher; pass them"),
+    ({"tokens": np.array([0, 2])}, "query has 2 rows, but the batch needs 3"),
+    ({"tokens": np.array([1, 1])}, r"tokens\[1\] is 1, .*ascending"),
+    ({"tokens": np.array([-1, 1])}, r"tokens\[0\] is -1"),
+    ({"tokens": np.array([0])}, r"tokens has shape \(1\)"),
     ({"scale": float("nan")}, "scale is nan"),
     ({"scale": 1e300}, r"scale is 1e\+300"),
 ]
@@ -263,9 +283,6 @@ OVERLAPS = [
         for name, other in {
             "query": ((2, 4, 16),),
             "query_codes": ((2, 4, 4), np.uint16),
-            "center": ((2, 16),),
-            "block_tables": ((2, 4), np.int32),
-            "seq_lens": ((2,), np.int32),
         }.items()
     ),
     (decode, {"out": SHARED, "lse": view(SHARED, (2, 4))}, "lse shares memory with out"),
@@ -367,6 +384,27 @@ def test_a_missing_isa_is_named() -> None:
                 call(getattr(_C.Isa, name))
         with pytest.raises(ValueError, match=f'isa is "{name}", .*auto, portable'):
             _C.resolve_isa(name)
+
+
+def make_layer(**changes: Any) -> _C.DecodeLayer:
+    arguments = {"pages": PAGES, "rule": Rule().native(3, 4), "index": INDEX, "hasher": None}
+    settings = {"scale": 0.25, "exact_below": 0, "isa": ISA, "pool": pool()}
+    return _C.DecodeLayer(**{**arguments, **settings, **changes})
+
+
+def test_a_layer_has_one_centre() -> None:
+    layer = make_layer()
+    layer.set_center(zeros(2, 16))
+    with pytest.raises(ValueError, match=r"has its center, .*; make a new layer"):
+        layer.set_center(zeros(2, 16))
+
+
+def test_a_batch_is_for_pages_of_as_many_blocks() -> None:
+    other = _C.DecodeBatch(
+        make_pages(memory=zeros(7, 2, CHUNK, dtype=np.uint8)), TABLES, LENS, None
+    )
+    with pytest.raises(ValueError, match=r"made for 7 blocks of 32 tokens, .* has 6 of 32; make"):
+        make_layer().attend(zeros(2, 4, 16), other, zeros(2, 4, 16))
 
 
 def test_sampling_works_after_all_of_that() -> None:

@@ -10,7 +10,7 @@ import mmap
 
 import numpy as np
 import pytest
-from native_helpers import Layer, Rule, each_isa, inclusion_table, pool
+from native_helpers import Layer, Rule, decode_attention, each_isa, inclusion_table, pool
 
 from vllm_magicpig import _C, reference
 
@@ -41,7 +41,7 @@ def test_rows_and_queries(isa: _C.Isa, dtype: str, head_size: int, group: int) -
     query = at_the_edge(np.ones((1, group, head_size), np.float32))
     out = at_the_edge(np.full((1, group, head_size), np.nan, np.float32))
     lse = at_the_edge(np.full((1, group), np.nan, np.float32))
-    _C.decode_attention(
+    decode_attention(
         pages,
         None,
         None,
@@ -72,7 +72,7 @@ def test_center_and_codes(isa: _C.Isa, head_size: int) -> None:
     index = _C.LshIndex(pages, 3, [32])
     pages.note_writes(np.arange(32))
     out, lse = np.full((1, 1, head_size), np.nan, np.float32), np.full((1, 1), np.nan, np.float32)
-    rows, *_ = _C.decode_attention(
+    rows, *_ = decode_attention(
         pages,
         Rule(2, 0, 0).native(3, 3),
         index,

@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from native_helpers import Layer, Rule, each_isa, native_codes, pool
+from native_helpers import Layer, Rule, decode_attention, each_isa, native_codes, pool
 
 from vllm_magicpig import _C, reference
 
@@ -113,7 +113,7 @@ class World:
         center = torch.zeros(2, 32)
         out = np.full(self.query.shape, np.nan, np.float32)
         lse = np.full(self.query.shape[:2], np.nan, np.float32)
-        rows, *_ = self.layer.native.decode_attention(
+        rows, _ = decode_attention(
             self.layer.pages,
             self.layer.rule(rule),
             self.layer.index,
@@ -128,6 +128,7 @@ class World:
             exact_below=0,
             isa=isa,
             pool=self.layer.pool(),
+            native=self.layer.native,
         )
         expected_out, expected_lse = reference.sampled_attention(
             self.query[0],

@@ -1,4 +1,4 @@
-"""decode_attention against the fp64 reference on the same sample.
+"""Decode attention against the fp64 reference on the same sample.
 
 Rows are compared as stored: bfloat16 and float16 values are exact numbers, only the arithmetic is
 fp32. The bound of 1e-5 is for values and logits of size 1 to 10: fp32 sums of at most 256 products
@@ -13,7 +13,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from native_helpers import Layer, Rule, each_isa, native_codes
+from native_helpers import Layer, Rule, decode_attention, each_isa, native_codes
 
 from vllm_magicpig import _C, reference
 
@@ -70,11 +70,11 @@ class Batch:
         num_threads: int = 2,
     ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
         """(out, lse, rows); rule None is the exact mode."""
-        layer, native = self.layer, self.layer.native
+        layer = self.layer
         out = np.full(self.query.shape, np.nan, np.float32)
         lse = np.full(self.query.shape[:2], np.nan, np.float32)
         sampled = rule is not None
-        rows, hash_ns, lookup_ns, attention_ns = native.decode_attention(
+        rows, counters = decode_attention(
             layer.pages,
             layer.rule(rule) if rule else None,
             layer.index if sampled else None,
@@ -89,10 +89,11 @@ class Batch:
             exact_below=exact_below,
             isa=isa,
             pool=layer.pool(num_threads),
+            native=layer.native,
         )
-        assert hash_ns == 0  # codes are given
-        assert lookup_ns >= 0
-        assert attention_ns > 0 or sum(self.lengths) == 0
+        assert counters.hash_ns == 0  # codes are given
+        assert counters.attend_ns > 0 or sum(self.lengths) == 0
+        assert counters.step_ns > max(counters.lookup_ns, counters.attend_ns) / num_threads
         return torch.from_numpy(out), torch.from_numpy(lse), rows
 
     @functools.cache  # noqa: B019 - a batch lives as long as its test

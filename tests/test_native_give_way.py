@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from native_helpers import Layer, Rule, native_codes
+from native_helpers import Layer, Rule, decode_attention, native_codes
 
 from vllm_magicpig import _C
 
@@ -37,7 +37,7 @@ def test_steps_without_a_pause_do_not_stop_building(halves: bool) -> None:
 
     def decode() -> torch.Tensor:
         out = torch.empty(query.shape)
-        _C.decode_attention(
+        decode_attention(
             layer.pages,
             layer.rule(Rule()),
             layer.index,

@@ -1,4 +1,4 @@
-"""Queries and outputs of decode_attention in any dtype, tensors or arrays, and hashed in the call."""
+"""Queries and outputs of decode attention in any dtype, tensors or arrays, and hashed in the call."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from native_helpers import Layer, Rule, each_isa, pool, row_bits
+from native_helpers import Layer, Rule, decode_attention, each_isa, pool, row_bits
 
 from vllm_magicpig import _C, reference
 
@@ -55,7 +55,7 @@ class Batch:
             "isa": isa,
             "pool": pool(),
         }
-        rows, _, _, _ = _C.decode_attention(**{**arguments, **changes})
+        rows, _ = decode_attention(**{**arguments, **changes})
         return rows
 
     def expected(self, isa: _C.Isa) -> torch.Tensor:
@@ -102,6 +102,102 @@ def test_queries_in_any_strides(dtype: torch.dtype) -> None:
     assert torch.equal(out, batch.expected(isa).to(dtype))
 
 
+@each_isa
+def test_queries_and_outputs_are_rows_of_a_steps_tensors(isa: _C.Isa) -> None:
+    """Tokens of other requests lie between, before and behind; outputs have gaps, too."""
+    batch = Batch(torch.bfloat16)
+    tokens = np.array([1, 4])
+    query = torch.full((7, NUM_Q_HEADS, HEAD_SIZE), 9, dtype=torch.bfloat16)
+    query[tokens] = batch.query
+    wide = torch.full((7, (NUM_Q_HEADS + 1) * HEAD_SIZE), 3, dtype=torch.bfloat16)
+    out = wide[:, : NUM_Q_HEADS * HEAD_SIZE].view(7, NUM_Q_HEADS, HEAD_SIZE)
+    lse, expected_lse = np.zeros((2, 2, NUM_Q_HEADS), np.float32)
+    rows = batch.decode(query, out, isa, tokens=tokens, lse=lse)
+    expected = torch.empty_like(batch.query)
+    np.testing.assert_array_equal(rows, batch.decode(batch.query, expected, isa, lse=expected_lse))
+    np.testing.assert_array_equal(lse, expected_lse)
+    assert torch.equal(out[tokens], expected)
+    wide[tokens, : NUM_Q_HEADS * HEAD_SIZE] = 3
+    assert (wide == 3).all()
+
+
+def test_a_batch_is_a_copy_and_serves_many_calls() -> None:
+    batch, isa = Batch(torch.float32), _C.resolve_isa("auto")
+    tables = np.array([range(5), range(5)], np.int32)
+    lens, tokens = np.array([NUM_TOKENS, 97], np.int32), np.arange(2)
+    native = _C.DecodeBatch(batch.layer.pages, tables, lens, tokens)
+    for array in (tables, lens, tokens):
+        array[...] = 1 << 20
+    layer = _C.DecodeLayer(
+        batch.layer.pages,
+        batch.layer.rule(Rule()),
+        None,
+        batch.hash,
+        scale=0.3,
+        exact_below=0,
+        isa=isa,
+        pool=pool(),
+    )
+    center = np.zeros((NUM_KV_HEADS, HEAD_SIZE), np.float32)
+    layer.set_center(center)
+    center[...] = np.nan
+    for calls in range(1, 3):
+        out = torch.empty_like(batch.query)
+        layer.attend(batch.query, native, out)
+        assert torch.equal(out, batch.expected(isa))
+        assert layer.counters.decode_steps == calls
+
+
+def test_the_record_counts_sampled_and_exact_heads_apart() -> None:
+    batch = Batch(torch.float32)
+    out = torch.empty_like(batch.query)
+    rows, counters = decode_attention(
+        batch.layer.pages,
+        batch.layer.rule(Rule()),
+        None,
+        batch.query,
+        batch.hash,
+        np.zeros((NUM_KV_HEADS, HEAD_SIZE), np.float32),
+        np.array([range(5), range(5)], np.int32),
+        np.array([NUM_TOKENS, 97], np.int32),
+        out,
+        scale=0.3,
+        exact_below=100,
+        isa=_C.resolve_isa("auto"),
+        pool=pool(),
+    )
+    assert (rows[1] == -1).all()
+    assert counters.exact_heads == counters.sampled_heads == NUM_Q_HEADS
+    assert counters.sampled_rows == rows[0].sum() > 0
+    assert counters.middle_rows == NUM_Q_HEADS * (NUM_TOKENS - 4 - 16)
+    assert counters.decode_steps == 1
+    assert counters.hash_ns > 0
+
+
+def test_the_last_heads_are_remembered() -> None:
+    """16,384 of them; a request of other length shows which."""
+    num_reqs, num_q_heads = 128, 64
+    layer = Layer(2, 1, 16, 3, HEAD_SIZE)
+    native = _C.DecodeLayer(
+        *(layer.pages, layer.rule(Rule(1, 0, 0)), None, None),
+        scale=0.3,
+        exact_below=0,
+        isa=_C.resolve_isa("auto"),
+        pool=pool(),
+    )
+    native.set_center(np.zeros((1, HEAD_SIZE), np.float32))
+    layer.memory[...] = 0
+    query = np.zeros((num_reqs, num_q_heads, HEAD_SIZE), np.float32)
+    codes = np.zeros((num_reqs, num_q_heads, 16), np.uint16)
+    tables = np.zeros((num_reqs, 1), np.int32)
+    for num_tokens in (5, 17, 17):
+        lens = np.full(num_reqs, num_tokens, np.int32)
+        batch = _C.DecodeBatch(layer.pages, tables, lens)
+        native.attend(query, batch, np.empty_like(query), query_codes=codes)
+    assert native.recent_rows().tolist() == [17] * 16384
+    assert native.counters.sampled_rows == num_reqs * num_q_heads * 39
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_outputs_are_rounded_as_torch_rounds(dtype: torch.dtype) -> None:
     """Means of two neighbours, each of which is a tie, and of numbers far apart."""
@@ -118,7 +214,7 @@ def test_outputs_are_rounded_as_torch_rounds(dtype: torch.dtype) -> None:
         layer.pages.store_rows(np.zeros_like(rows), rows, slots, pool())
 
     def decode(out: torch.Tensor) -> torch.Tensor:
-        _C.decode_attention(
+        decode_attention(
             layer.pages,
             None,
             None,

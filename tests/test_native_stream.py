@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fake_driver import FakeDriver
-from native_helpers import Rule, each_isa, pool
+from native_helpers import Rule, decode_attention, each_isa, pool
 from stream_helpers import Request, World, fake_driver
 
 from vllm_magicpig import _C
@@ -23,7 +23,7 @@ def driver() -> Iterator[FakeDriver]:
 
 
 def decode_directly(world: World, index: int, requests: list[Request]) -> tuple[np.ndarray, ...]:
-    """(out, rows) of the last step's decodes of a layer, by decode_attention."""
+    """(out, rows) of the last step's decodes of a layer, by a DecodeLayer."""
     decoded = world.decoded[index]
     native, layer = decoded.layer.layer, decoded.layer
     out = np.full(decoded.query.shape, np.nan, np.float32)
@@ -34,7 +34,7 @@ def decode_directly(world: World, index: int, requests: list[Request]) -> tuple[
     exact = (None, None, decoded.query.numpy(), None, None)
     arguments = sampled if decoded.sampled else exact
     settings = {**world.settings(), "exact_below": max(world.exact_below, 1)}
-    rows, *_ = _C.decode_attention(
+    rows, _ = decode_attention(
         native.pages, *arguments, *world.batch(requests), out, lse, **settings
     )
     return out, rows
@@ -43,7 +43,7 @@ def decode_directly(world: World, index: int, requests: list[Request]) -> tuple[
 @each_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("sampled", [True, False])
-def test_results_are_those_of_decode_attention(
+def test_results_are_those_of_a_decode_layer(
     driver: FakeDriver, isa: _C.Isa, dtype: torch.dtype, sampled: bool
 ) -> None:
     world = World(driver, 2, group=3, exact_below=30, isa=isa, dtype=dtype, head_size=24)

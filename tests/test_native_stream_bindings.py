@@ -260,7 +260,7 @@ def test_none_is_not_taken_for_self() -> None:
         _C.SegmentBuilder.raise_error,
         _C.SegmentBuilder.pending.fget,  # type: ignore[attr-defined]
         _C.DecodeExchange.max_decodes.fget,  # type: ignore[attr-defined]
-        _C.StreamCounters.step_ns.fget,  # type: ignore[attr-defined]
+        _C.DecodeCounters.step_ns.fget,  # type: ignore[attr-defined]
         _C.StreamLayer.recent_rows,
     ):
         with pytest.raises(TypeError):

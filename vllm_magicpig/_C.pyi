@@ -228,36 +228,94 @@ def sample(
     threshold: all that match in more tables than the second value are taken, and of those that match
     in as many the fraction that is the third."""
 
-def decode_attention(
-    pages: Pages,
-    rule: SampleRule | None,
-    index: LshIndex | None,
-    query: torch.Tensor | npt.NDArray[np.generic],
-    query_codes: SimHash | npt.NDArray[np.uint16] | None,
-    center: npt.NDArray[np.float32] | None,
-    block_tables: npt.NDArray[np.int32],
-    seq_lens: npt.NDArray[np.int32],
-    out: torch.Tensor | npt.NDArray[np.generic],
-    lse: npt.NDArray[np.float32] | None,
-    *,
-    scale: float,
-    exact_below: int,
-    isa: Isa,
-    pool: ThreadPool,
-) -> tuple[npt.NDArray[np.int32], int, int, int]:
-    """One decode step: attention of one query per request over its pages.
+class DecodeBatch:
+    """What one step asks of every layer: requests that decode one token each. Checked and copied once.
 
-    query: [num_reqs, num_q_heads, head_size], whole rows contiguous, float32 or the pages' row dtype (of
-    arrays 16-bit ones as uint16); query_codes: uint16 [num_reqs, num_q_heads, code_words], or the hash of the
-    keys, which then makes them; center: float32 [num_kv_heads, head_size]; block_tables: int32
-    [num_reqs, max_blocks]; seq_lens: int32 [num_reqs], the query's own token included; out: like
-    query, but contiguous and float32 or the pages' row dtype, and lse: float32 [num_reqs, num_q_heads]
-    (natural logarithm) are written; a request of seq_len 0 gets zeros and -inf.
-    A request whose middle is shorter than exact_below is attended exactly; without rule, codes and
-    center (all None) every request is. Without index, all tokens are compared by code.
-    Returns (rows sampled from the middle, int32 [num_reqs, num_q_heads], -1 where exact;
-    nanoseconds spent in hashing, and in lookup and in attention, these two summed over threads).
+    block_tables: int32 [num_reqs, max_blocks]; seq_lens: int32 [num_reqs], the query's own token included;
+    tokens: int64 [num_reqs], ascending, the rows of queries and outputs that are the requests', by default
+    the first num_reqs. For any layer whose pages have as many blocks of as many tokens as these.
     """
+
+    def __init__(
+        self,
+        pages: Pages,
+        block_tables: npt.NDArray[np.int32],
+        seq_lens: npt.NDArray[np.int32],
+        tokens: npt.NDArray[np.int64] | None = None,
+    ) -> None: ...
+
+class DecodeCounters:
+    """What one layer did so far; times in nanoseconds, lookup and attention summed over threads."""
+
+    @property
+    def decode_steps(self) -> int: ...
+    @property
+    def sampled_heads(self) -> int: ...
+    @property
+    def exact_heads(self) -> int: ...
+    @property
+    def sampled_rows(self) -> int: ...
+    @property
+    def middle_rows(self) -> int: ...
+    @property
+    def hash_ns(self) -> int:
+        """Hashing of queries; 0 where their codes are given."""
+    @property
+    def lookup_ns(self) -> int: ...
+    @property
+    def attend_ns(self) -> int: ...
+    @property
+    def store_ns(self) -> int:
+        """Writing the decoded tokens' rows and codes, where a layer does that itself."""
+    @property
+    def step_ns(self) -> int:
+        """Whole calls, or whole callbacks."""
+
+class DecodeLayer:
+    """Decode attention of one layer: one query per request over its pages.
+
+    rule is None for exact attention, and then index and hasher are, too; without an index all tokens
+    are compared by code; without a hasher each call brings the queries' codes. A request whose middle is
+    shorter than exact_below is attended exactly.
+    """
+
+    def __init__(
+        self,
+        pages: Pages,
+        rule: SampleRule | None,
+        index: LshIndex | None,
+        hasher: SimHash | None,
+        *,
+        scale: float,
+        exact_below: int,
+        isa: Isa,
+        pool: ThreadPool,
+    ) -> None: ...
+    def set_center(self, center: npt.NDArray[np.float32]) -> None:
+        """center: float32 [num_kv_heads, head_size], copied; once. Calls before it attend exactly,
+        calls after it rely on the codes of all tokens that their requests hold."""
+    def attend(
+        self,
+        query: torch.Tensor | npt.NDArray[np.generic],
+        batch: DecodeBatch,
+        out: torch.Tensor | npt.NDArray[np.generic],
+        lse: npt.NDArray[np.float32] | None = None,
+        rows: npt.NDArray[np.int32] | None = None,
+        query_codes: npt.NDArray[np.uint16] | None = None,
+    ) -> None:
+        """One decode step.
+
+        query: [num_tokens, num_q_heads, head_size], whole rows contiguous, float32 or the pages' row
+        dtype (of arrays 16-bit ones as uint16); out: likewise, but with the heads of a token one after
+        the other. Written are the batch's tokens of out; lse: float32 [num_reqs, num_q_heads], natural
+        logarithm; rows: int32 [num_reqs, num_q_heads], how many the middle's sample has, -1 where exact.
+        A request of seq_len 0 gets zeros and -inf. query_codes: uint16 [num_reqs, num_q_heads,
+        code_words], where the layer has a center but no hasher.
+        """
+    @property
+    def counters(self) -> DecodeCounters: ...
+    def recent_rows(self) -> npt.NDArray[np.int32]:
+        """Rows sampled by the last query heads, at most 16,384, in no particular order."""
 
 # ------------------------------------------------------------------------ decode in stream order
 
@@ -344,7 +402,7 @@ class SegmentBuilder:
 
     Nothing waits for it: what lacks a segment is compared by code. Its threads are niced by 10. A
     segment is kept only if no block it covers has had a new owner since it was asked for. Smaller
-    ones are built before larger ones, equal ones layer by layer. While decode_attention runs on the
+    ones are built before larger ones, equal ones layer by layer. While decode attention runs on the
     pool `gives_way_to`, its threads rest, but for a millisecond after each 200 of waiting, where smaller
     segments serve meanwhile; else they work in turns of 50 microseconds.
     """
@@ -368,36 +426,12 @@ class SegmentBuilder:
     def pending(self) -> int:
         """Layers queued or running."""
 
-class StreamCounters:
-    """What one layer did so far; times in nanoseconds, lookup and attention summed over threads."""
-
-    @property
-    def decode_steps(self) -> int: ...
-    @property
-    def sampled_heads(self) -> int: ...
-    @property
-    def exact_heads(self) -> int: ...
-    @property
-    def sampled_rows(self) -> int: ...
-    @property
-    def middle_rows(self) -> int: ...
-    @property
-    def lookup_ns(self) -> int: ...
-    @property
-    def attend_ns(self) -> int: ...
-    @property
-    def store_ns(self) -> int:
-        """Writing the decoded tokens' rows and codes."""
-    @property
-    def step_ns(self) -> int:
-        """Whole decode callbacks."""
-
 class StreamLayer:
     """The host side of one sparse layer: what its stream callbacks do.
 
     rule is None for exact attention, and then index is, too; without an index all tokens are compared
-    by code, without a builder no segments are built. The other arguments are those of decode_attention, except that a middle of no tokens
-    is always attended exactly.
+    by code, without a builder no segments are built. The other arguments are those of DecodeLayer, except
+    that a middle of no tokens is always attended exactly.
     """
 
     def __init__(
@@ -429,6 +463,6 @@ class StreamLayer:
         Raises ValueError when the exchange is too small for the step.
         """
     @property
-    def counters(self) -> StreamCounters: ...
+    def counters(self) -> DecodeCounters: ...
     def recent_rows(self) -> npt.NDArray[np.int32]:
         """Rows sampled by the last query heads, at most 16,384, in no particular order."""

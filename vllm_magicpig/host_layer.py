@@ -34,9 +34,8 @@ class HostLayer:
         self.index = make_index(
             options, self.pages, layer_index, center, isa, pool, builder, max_index_bytes
         )
-        self._stats = LayerStats()
-        self._kernel = DecodeKernel(options, self.pages, self.index, scale, isa, pool, self._stats)
-        self._scale, self._pool = scale, pool
+        self._kernel = DecodeKernel(options, self.pages, self.index, scale, isa, pool)
+        self._scale, self.pool = scale, pool
 
     def forward(
         self,
@@ -51,7 +50,7 @@ class HostLayer:
             output.zero_()
             return
         key, value = key[: step.num_tokens], value[: step.num_tokens]
-        self.pages.store_rows(key, value, step.slots, self._pool)
+        self.pages.store_rows(key, value, step.slots, self.pool)
         if self.index is not None:
             self.index.add(key, step)
         for chunk in step.chunks:
@@ -63,19 +62,7 @@ class HostLayer:
                 query[tokens], key[tokens], value[tokens], context, self._scale
             )
         if step.decode_rows.size:
-            self._decode(query, output, step)
-
-    def _decode(self, query: torch.Tensor, output: torch.Tensor, step: Step) -> None:
-        first, last = step.decode_tokens[0], step.decode_tokens[-1]
-        if last - first + 1 == step.decode_tokens.size and output.is_contiguous():
-            tokens = slice(first, last + 1)  # as in every batch without chunks: no copies
-            self._kernel.attend(query[tokens], output[tokens], step)
-            return
-        decoding = torch.from_numpy(step.decode_tokens)
-        decoded = query[decoding]
-        out = torch.empty_like(decoded)
-        self._kernel.attend(decoded, out, step)
-        output[decoding] = out
+            self._kernel.attend(query, output, step)
 
     def stats(self) -> LayerStats:
-        return self._stats
+        return self._kernel.stats()

@@ -11,9 +11,6 @@ import numpy.typing as npt
 
 from vllm_magicpig import _C
 
-_HISTORY = 16_384
-"""Query heads whose sample sizes a layer remembers for its percentiles: the last 512 steps of 32."""
-
 
 @dataclass
 class LayerStats:
@@ -30,41 +27,30 @@ class LayerStats:
     attend_ns: int = 0
     decode_ns: int = 0
     segments_reused: int = 0
-    _rows: npt.NDArray[np.int32] = field(
-        default_factory=lambda: np.zeros(_HISTORY, dtype=np.int32), repr=False
+    recent_rows: npt.NDArray[np.int32] = field(
+        default_factory=lambda: np.zeros(0, dtype=np.int32), repr=False
     )
 
     @classmethod
     def from_counters(
-        cls, counters: _C.StreamCounters, recent_rows: npt.NDArray[np.int32]
+        cls, counters: _C.DecodeCounters, recent_rows: npt.NDArray[np.int32]
     ) -> LayerStats:
-        """What the host callbacks of a device layer counted; the device's hashing is not in it."""
-        stats = cls(
+        """What the native layer counted; a device's own hashing is not in it.
+
+        recent_rows: rows sampled by the last query heads.
+        """
+        return cls(
             decode_steps=counters.decode_steps,
             sampled_heads=counters.sampled_heads,
             sampled_rows=counters.sampled_rows,
             middle_rows=counters.middle_rows,
             exact_heads=counters.exact_heads,
+            hash_ns=counters.hash_ns,
             lookup_ns=counters.lookup_ns,
             attend_ns=counters.attend_ns,
             decode_ns=counters.step_ns,
+            recent_rows=recent_rows,
         )
-        stats._rows[: recent_rows.size] = recent_rows
-        return stats
-
-    def record(self, rows: npt.NDArray[np.int32], middles: npt.NDArray[np.int64]) -> None:
-        """rows: int32 [num_reqs, num_q_heads], -1 where exact; middles: int64 [num_reqs], tokens."""
-        sampled = rows[rows >= 0]
-        position = (self.sampled_heads + np.arange(sampled.size)) % _HISTORY
-        self._rows[position] = sampled
-        self.decode_steps += 1
-        self.sampled_heads += sampled.size
-        self.sampled_rows += int(sampled.sum())
-        self.middle_rows += int(((rows >= 0) * middles[:, None]).sum())
-        self.exact_heads += rows.size - sampled.size
-
-    def recent_rows(self) -> npt.NDArray[np.int32]:
-        return self._rows[: min(self.sampled_heads, _HISTORY)]
 
 
 @dataclass(frozen=True)
@@ -153,7 +139,7 @@ def summarise(
         total_ns: int = sum(getattr(layer, name) for layer in layers)
         return total_ns / 1e3 / max(steps, 1)
 
-    p50, p99 = percentiles([layer.recent_rows() for layer in layers], [50, 99])
+    p50, p99 = percentiles([layer.recent_rows for layer in layers], [50, 99])
     return MagicPigStats(
         sampled_layers=len(layers),
         dense_layers=dense_layers,

@@ -14,6 +14,9 @@ import numpy.typing as npt
 import torch
 from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
 
+from vllm_magicpig import _C
+from vllm_magicpig.host_pages import HostPages
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -54,16 +57,22 @@ class Step(AttentionMetadata, Requests):
     block_tables: npt.NDArray[np.int32]
 
     @cached_property
-    def decode_tables(self) -> npt.NDArray[np.int32]:
-        """block_tables of the decode_rows."""
-        return self.block_tables[self.decode_rows]
+    def _decode_batches(self) -> dict[tuple[int, int], _C.DecodeBatch]:
+        return {}
+
+    def decode_batch(self, pages: HostPages) -> _C.DecodeBatch:
+        """The decode_rows and decode_tokens, made for the first layer of so many blocks that asks."""
+        shape = (pages.num_blocks, pages.block_size)
+        batch = self._decode_batches.get(shape)
+        if batch is None:
+            rows = self.decode_rows
+            batch = _C.DecodeBatch(
+                pages.native, self.block_tables[rows], self.seq_lens[rows], self.decode_tokens
+            )
+            self._decode_batches[shape] = batch
+        return batch
 
     @cached_property
-    def decode_lens(self) -> npt.NDArray[np.int32]:
-        """seq_lens of the decode_rows."""
-        return self.seq_lens[self.decode_rows]
-
-    @property
     def is_dummy(self) -> bool:
         """Warm-up and profiling runs store nothing; their lengths and block tables mean nothing."""
         return not bool((self.slots >= 0).any())

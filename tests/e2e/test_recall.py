@@ -18,6 +18,7 @@ from engines import engine, greedy
 from vllm import LLM
 
 from vllm_magicpig import _C
+from vllm_magicpig.host_layer import HostLayer
 
 CHAIN_LENGTHS = (8192, 16384)
 NUM_QUESTIONS = 30
@@ -117,22 +118,28 @@ class SampleSpy:
         ] = []  # (context length, positions of all heads)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        original = _C.decode_attention
+        original = HostLayer.forward
 
-        def decode_attention(pages: Any, rule: Any, index: Any, query: Any, hasher: Any,
-                             center: Any, block_tables: Any, seq_lens: Any, *rest: Any,
-                             **options: Any) -> Any:  # fmt: skip
+        def forward(
+            layer: HostLayer, query: Any, key: Any, value: Any, output: Any, step: Any
+        ) -> None:
+            original(layer, query, key, value, output, step)
+            index, rows = layer.index, step.decode_rows
+            if len(rows) != 1 or step.is_dummy or index is None or index.center.value is None:
+                return
             self._calls += 1
-            if self._calls % self._every == 0 and rule is not None and len(seq_lens) == 1:
-                shared = {name: options[name] for name in ("isa", "pool")}
-                codes = hasher.hash(query.float().numpy(), None, **shared)
-                heads = _C.sample(pages, rule, index, codes, block_tables, seq_lens, **shared)[0]
+            if self._calls % self._every == 0:
+                codes = index.projection.hash_queries(query[step.decode_tokens].float())
+                heads = _C.sample(
+                    *(index.pages, index.rule, index.native, codes),
+                    *(step.block_tables[rows], step.seq_lens[rows]),
+                    isa=_C.resolve_isa("auto"),
+                    pool=layer.pool,
+                )[0]
                 positions = np.concatenate([found for found, _, _ in heads])
-                self.positions.append((int(seq_lens[0]), positions))
-            return original(pages, rule, index, query, hasher, center, block_tables, seq_lens,
-                            *rest, **options)  # fmt: skip
+                self.positions.append((int(step.seq_lens[rows[0]]), positions))
 
-        monkeypatch.setattr(_C, "decode_attention", decode_attention)
+        monkeypatch.setattr(HostLayer, "forward", forward)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,46 @@
+#include "decode_record.h"
+
+namespace magicpig {
+
+void DecodeRecord::add(const Requests& requests, const int64_t* slots, int num_q_heads,
+                       const SampleRule* rule, const DecodeOutput& output, uint64_t store_ns,
+                       uint64_t step_ns) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  bool real = false;
+  for (int i = 0; i < requests.size; ++i) {
+    if (slots != nullptr && slots[i] < 0) continue;
+    real = true;
+    const int middle = rule == nullptr ? 0 : middle_of(requests.seq_lens[i], *rule).size();
+    const int32_t* rows = output.sampled_rows + static_cast<ptrdiff_t>(i) * num_q_heads;
+    for (int head = 0; head < num_q_heads; ++head) {
+      if (rows[head] < 0) {
+        ++counters_.exact_heads;
+        continue;
+      }
+      const size_t position = counters_.sampled_heads++ % kRecentHeads;
+      if (position == recent_rows_.size()) recent_rows_.push_back(0);
+      recent_rows_[position] = rows[head];
+      counters_.sampled_rows += static_cast<uint64_t>(rows[head]);
+      counters_.middle_rows += static_cast<uint64_t>(middle);
+    }
+  }
+  if (!real) return;
+  ++counters_.decode_steps;
+  counters_.hash_ns += output.hash_ns;
+  counters_.lookup_ns += output.lookup_ns;
+  counters_.attend_ns += output.attention_ns;
+  counters_.store_ns += store_ns;
+  counters_.step_ns += step_ns;
+}
+
+DecodeCounters DecodeRecord::counters() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return counters_;
+}
+
+std::vector<int32_t> DecodeRecord::recent_rows() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return recent_rows_;
+}
+
+}  // namespace magicpig
