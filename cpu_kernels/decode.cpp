@@ -141,19 +141,28 @@ class Step {
   }
 
   void run(ThreadPool& pool) {
+    std::vector<ThreadPool::Phase> phases;
     if (input_.sample != nullptr) {
-      hash(pool);
-      look_up(pool);
-      weigh();
+      plan_lookup();
+      if (input_.hash != nullptr) phases.push_back(hashing());
+      for (ThreadPool::Phase& phase : lookup_->phases(pool.num_threads(), workspace_.lookup))
+        phases.push_back(std::move(phase));
+      if (input_.hash != nullptr) end_of_hashing(phases[1]);
     }
-    pool.run(tasks_.size(), [&](size_t i, int thread) {
-      const Task& task = tasks_[i];
-      run_task(task, workspace_.attention[static_cast<size_t>(thread)]);
-      // The last part of a group to finish merges it; which thread that is changes nothing.
-      const size_t index = group_index(task.request, task.kv_head);
-      if (parts_left_[index].fetch_sub(1, std::memory_order_acq_rel) == 1)
-        merge(task.request, task.kv_head);
-    });
+    phases.push_back({[this] {
+                        if (input_.sample != nullptr) weigh();
+                        return tasks_.size();
+                      },
+                      [this](size_t i, int thread) {
+                        const Task& task = tasks_[i];
+                        run_task(task, workspace_.attention[static_cast<size_t>(thread)]);
+                        // The last part of a group to finish merges it; which thread that is
+                        // changes nothing.
+                        const size_t index = group_index(task.request, task.kv_head);
+                        if (parts_left_[index].fetch_sub(1, std::memory_order_acq_rel) == 1)
+                          merge(task.request, task.kv_head);
+                      }});
+    pool.run(phases);
     for (size_t r = 0; r < plans_.size(); ++r)  // no token, no task
       if (plans_[r].num_parts() == 0)
         for (int head = 0; head < pages_.num_kv_heads(); ++head) merge(static_cast<int>(r), head);
@@ -190,28 +199,38 @@ class Step {
                head_size_, queries_ + i * head_size_);
   }
 
-  /// The queries' codes, where they are not given. Its threads are awake when the lookup starts.
-  void hash(ThreadPool& pool) {
-    sample_ = *input_.sample;
-    if (input_.hash == nullptr) return;
-    const Clock::time_point start = Clock::now();
-    const size_t heads = static_cast<size_t>(input_.num_q_heads);
-    const size_t num_vectors = plans_.size() * heads;
-    uint16_t* codes = workspace_.arena.take<uint16_t>(
-        num_vectors * static_cast<size_t>(input_.hash->code_words()));
-    if (num_vectors > 0)
-      input_.hash->hash(queries_, num_vectors, nullptr, heads, codes, isa_, pool);
-    sample_.query_codes = codes;
-    output_.hash_ns = nanoseconds_since(start);
-  }
+  size_t num_vectors() const { return plans_.size() * static_cast<size_t>(input_.num_q_heads); }
 
-  void look_up(ThreadPool& pool) {
+  /// The lookup, and the room for the codes that hashing makes, where they are not given.
+  void plan_lookup() {
+    sample_ = *input_.sample;
+    if (input_.hash != nullptr) {
+      codes_ = workspace_.arena.take<uint16_t>(num_vectors() *
+                                               static_cast<size_t>(input_.hash->code_words()));
+      sample_.query_codes = codes_;
+    }
     std::vector<TokenRange> middles;
     for (const Plan& plan : plans_) middles.push_back(plan.middle);
     lookup_ =
         std::make_unique<Lookup>(pages_, requests_, middles, input_.num_q_heads, sample_, kernels_);
-    lookup_->run(pool, workspace_.lookup);
     output_.unsealed_stretches = lookup_->unsealed_stretches();
+  }
+
+  ThreadPool::Phase hashing() {
+    return {[this] {
+              hashing_since_ = Clock::now();
+              return SimHash::num_tasks(num_vectors());
+            },
+            [this](size_t task, int) {
+              input_.hash->hash_task(task, queries_, num_vectors(), nullptr,
+                                     static_cast<size_t>(input_.num_q_heads), codes_, isa_);
+            }};
+  }
+  void end_of_hashing(ThreadPool::Phase& next) {
+    next.start = [this, start = std::move(next.start)] {
+      output_.hash_ns = nanoseconds_since(hashing_since_);
+      return start();
+    };
   }
 
   /// How each query head's sample is weighted.
@@ -375,6 +394,8 @@ class Step {
   std::vector<Task> tasks_;
   float* queries_;  // [num_reqs][num_q_heads][head_size]
   SampleInput sample_;
+  uint16_t* codes_ = nullptr;  // [num_reqs][num_q_heads][code_words], where they are hashed here
+  Clock::time_point hashing_since_;
   std::unique_ptr<Lookup> lookup_;
   std::vector<Weighting> weightings_;  // [num_reqs][num_q_heads]
   Partial* partials_;

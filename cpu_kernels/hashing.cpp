@@ -18,19 +18,35 @@ int SimHash::num_blocks(int num_bits, int num_tables, int size) {
   return (num_tables + size - 1) / size * num_bits;
 }
 
-void SimHash::hash(const float* vectors, size_t num_vectors, const float* centers, size_t num_heads,
-                   uint16_t* codes, Isa isa, ThreadPool& pool) const {
+namespace {
+
+/// A decode step's few dozen vectors are still to fill the cores.
+size_t task_vectors(size_t num_vectors) {
+  return num_vectors > 1024 ? 8 * static_cast<size_t>(kMaxLanes) : kMaxLanes;
+}
+
+}  // namespace
+
+size_t SimHash::num_tasks(size_t num_vectors) {
+  const size_t size = task_vectors(num_vectors);
+  return (num_vectors + size - 1) / size;
+}
+
+void SimHash::hash_task(size_t task, const float* vectors, size_t num_vectors, const float* centers,
+                        size_t num_heads, uint16_t* codes, Isa isa) const {
   const HashPlan plan = {head_size_,  size_,          code_words(),
                          word_bits(), num_bits_ == 1, signs_.data()};
-  // A decode step's few dozen vectors are still to fill the cores.
-  const size_t task_vectors = num_vectors > 1024 ? 8 * kMaxLanes : kMaxLanes;
-  pool.run((num_vectors + task_vectors - 1) / task_vectors, [&](size_t task, int) {
-    const size_t first = task * task_vectors;
-    const size_t count = first + task_vectors < num_vectors ? task_vectors : num_vectors - first;
-    // The heads of the task's vectors go on where those before it end.
-    kernels_of(isa).hash(plan, vectors + first * static_cast<size_t>(head_size_), count, centers,
-                         num_heads, first % num_heads,
-                         codes + first * static_cast<size_t>(code_words()));
+  const size_t size = task_vectors(num_vectors), first = task * size;
+  // The heads of the task's vectors go on where those before it end.
+  kernels_of(isa).hash(plan, vectors + first * static_cast<size_t>(head_size_),
+                       std::min(size, num_vectors - first), centers, num_heads, first % num_heads,
+                       codes + first * static_cast<size_t>(code_words()));
+}
+
+void SimHash::hash(const float* vectors, size_t num_vectors, const float* centers, size_t num_heads,
+                   uint16_t* codes, Isa isa, ThreadPool& pool) const {
+  pool.run(num_tasks(num_vectors), [&](size_t task, int) {
+    hash_task(task, vectors, num_vectors, centers, num_heads, codes, isa);
   });
 }
 

@@ -54,6 +54,16 @@ class ThreadPool {
   /// first exception of a task is rethrown here. Calls from several threads run one after another.
   void run(size_t num_tasks, const Body& body);
 
+  /// A part of a job that starts when the part before it is done: `start` then runs on the calling
+  /// thread, and says how many tasks there are for `body`.
+  struct Phase {
+    std::function<size_t()> start;
+    Body body;
+  };
+  /// The same for each phase. Threads are called once, and none is waited for that has not come:
+  /// the first phases of a short job are over before a sleeper is awake.
+  void run(const std::vector<Phase>& phases);
+
   /// A step that runs several jobs: in_use() from its start to its end.
   class Use {
    public:
@@ -69,6 +79,9 @@ class ThreadPool {
 
  private:
   struct Workers;  // on the heap, so that a forked child can forget it
+
+  /// Calls body(0) here and body(thread) on those that come before it returns.
+  void enter(const std::function<void(int thread)>& body);
 
   std::atomic<int> uses_{0};
 
@@ -452,6 +465,10 @@ class SimHash {
   /// subtract, or null; codes: [num_vectors][code_words]. A bit is set where its projection is > 0.
   void hash(const float* vectors, size_t num_vectors, const float* centers, size_t num_heads,
             uint16_t* codes, Isa isa, ThreadPool& pool) const;
+  /// The same in tasks.
+  static size_t num_tasks(size_t num_vectors);
+  void hash_task(size_t task, const float* vectors, size_t num_vectors, const float* centers,
+                 size_t num_heads, uint16_t* codes, Isa isa) const;
 
  private:
   int head_size_;

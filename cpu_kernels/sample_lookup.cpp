@@ -127,32 +127,36 @@ void Lookup::make_tasks(int num_threads) {
                    [&](const Task& a, const Task& b) { return tokens(a) > tokens(b); });
 }
 
-void Lookup::run(ThreadPool& pool, std::vector<Scratch>& scratch) {
-  const auto timed = [&](int thread, const auto& body) {
-    Scratch& own = scratch[static_cast<size_t>(thread)];
-    const Clock::time_point start = Clock::now();
-    body(own);
-    own.lookup_ns += nanoseconds_since(start);
-  };
+std::vector<ThreadPool::Phase> Lookup::phases(int num_threads, std::vector<Scratch>& scratch) {
   const size_t heads = static_cast<size_t>(pages_.num_kv_heads());
+  const auto timed = [&scratch](auto body) {
+    return [&scratch, body](size_t task, int thread) {
+      Scratch& own = scratch[static_cast<size_t>(thread)];
+      const Clock::time_point start = Clock::now();
+      body(task, own);
+      own.lookup_ns += nanoseconds_since(start);
+    };
+  };
+  std::vector<ThreadPool::Phase> phases;
   if (limited() && by_signature())
-    pool.run(plans_.size() * heads, [&](size_t i, int thread) {
-      timed(thread, [&](Scratch& own) {
-        find_lowest(static_cast<int>(i / heads), static_cast<int>(i % heads), own);
-      });
-    });
-  make_tasks(pool.num_threads());
-  pool.run(tasks_.size(), [&](size_t i, int thread) {
-    timed(thread, [&](Scratch& own) {
-      const Task& task = tasks_[i];
-      run_task(task, own);
-      std::atomic<int>& left =
-          tasks_left_[static_cast<size_t>(task.request) * heads + task.kv_head];
-      if (left.fetch_sub(1, std::memory_order_acq_rel) == 1)
-        for (int head = 0; head < group_; ++head)
-          pick(task.request, task.kv_head * group_ + head, own);
-    });
-  });
+    phases.push_back({[this, heads] { return plans_.size() * heads; },
+                      timed([this, heads](size_t i, Scratch& own) {
+                        find_lowest(static_cast<int>(i / heads), static_cast<int>(i % heads), own);
+                      })});
+  phases.push_back({[this, num_threads] {
+                      make_tasks(num_threads);
+                      return tasks_.size();
+                    },
+                    timed([this, heads](size_t i, Scratch& own) {
+                      const Task& task = tasks_[i];
+                      run_task(task, own);
+                      std::atomic<int>& left =
+                          tasks_left_[static_cast<size_t>(task.request) * heads + task.kv_head];
+                      if (left.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+                      for (int head = 0; head < group_; ++head)
+                        pick(task.request, task.kv_head * group_ + head, own);
+                    })});
+  return phases;
 }
 
 // --------------------------------------------------------------------------------------- counting
@@ -380,7 +384,7 @@ std::vector<std::vector<HeadSample>> sample(const Pages& pages, const Requests& 
     middles.push_back(middle_of(requests.seq_lens[r], *input.rule));
   Lookup lookup(pages, requests, middles, num_q_heads, input, kernels_of(isa));
   std::vector<Lookup::Scratch> scratch(static_cast<size_t>(pool.num_threads()));
-  lookup.run(pool, scratch);
+  pool.run(lookup.phases(pool.num_threads(), scratch));
   std::vector<std::vector<HeadSample>> samples(static_cast<size_t>(requests.size));
   for (int r = 0; r < requests.size; ++r)
     for (int head = 0; head < num_q_heads; ++head) {

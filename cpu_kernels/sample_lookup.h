@@ -35,8 +35,9 @@ class Lookup {
   Lookup(const Pages& pages, const Requests& requests, const std::vector<TokenRange>& middles,
          int num_q_heads, const SampleInput& input, const Kernels& kernels);
 
-  /// scratch: one of each thread of the pool, reset by the caller before the next step.
-  void run(ThreadPool& pool, std::vector<Scratch>& scratch);
+  /// What threads do for it; `input` has its codes when they start. scratch: one of each thread,
+  /// reset by the caller before the next step.
+  std::vector<ThreadPool::Phase> phases(int num_threads, std::vector<Scratch>& scratch);
 
   const SampleView& view(int request, int query_head) const {
     return views_[static_cast<size_t>(request) * num_q_heads_ + query_head];

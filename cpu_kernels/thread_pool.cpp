@@ -46,6 +46,13 @@ bool spin_until(const Done& done) {
   return done();
 }
 
+/// For what other threads are about to do: whoever else wants this core gets it.
+template <class Done>
+void wait_until(const Done& done) {
+  if (spin_until(done)) return;
+  while (!done()) std::this_thread::yield();
+}
+
 /// Pins a thread, whatever mask it inherited; false where the process may not use the CPU.
 bool pin([[maybe_unused]] pthread_t thread, int cpu) {
 #if defined(__linux__)
@@ -85,52 +92,82 @@ Parallel find_openmp() {
   return reinterpret_cast<Parallel>(found);
 }
 
-/// The tasks of one job, and the first exception of one.
-struct Job {
-  const ThreadPool::Body* body = nullptr;
-  size_t num_tasks = 0;
-  std::atomic<size_t> next_task{0};
-  std::atomic<bool> failed{false};
-  std::exception_ptr error = nullptr;
+/// The phases of one job, and the first exception of one.
+class Job {
+ public:
+  explicit Job(const std::vector<ThreadPool::Phase>& phases)
+      : phases_(phases), tasks_(new Tasks[phases.size()]) {}
 
-  void start(size_t tasks, const ThreadPool::Body& task_body) {
-    body = &task_body;
-    num_tasks = tasks;
-    next_task.store(0, std::memory_order_relaxed);
-    failed.store(false, std::memory_order_relaxed);
-    error = nullptr;
-  }
-
-  void take_tasks(int thread) {
-    for (;;) {
-      const size_t task = next_task.fetch_add(1, std::memory_order_relaxed);
-      if (task >= num_tasks) return;
-      try {
-        (*body)(task, thread);
-      } catch (...) {
-        if (!failed.exchange(true)) error = std::current_exception();
-        next_task.store(num_tasks, std::memory_order_relaxed);
-      }
-    }
+  void run(int thread) {
+    if (thread == 0)
+      lead();
+    else
+      follow(thread);
   }
 
   void rethrow() {
-    if (error) std::rethrow_exception(std::exchange(error, nullptr));
+    if (error_) std::rethrow_exception(error_);
   }
-};
 
-/// A job on OpenMP's threads, which number themselves as they come.
-struct OpenMpJob {
-  Job job;
-  const int num_threads;
-  std::atomic<int> next_thread{0};
+ private:
+  struct Tasks {
+    size_t number;
+    std::atomic<size_t> next{0};
+    std::atomic<size_t> done{0};
+  };
 
-  explicit OpenMpJob(int threads) : num_threads(threads) {}
-
-  void take_tasks() {
-    const int thread = next_thread.fetch_add(1, std::memory_order_relaxed);
-    if (thread < num_threads) job.take_tasks(thread);
+  void lead() {
+    for (size_t phase = 0; phase < phases_.size() && !failed_.load(); ++phase) {
+      Tasks& tasks = tasks_[phase];
+      try {
+        tasks.number = phases_[phase].start();
+      } catch (...) {
+        fail();
+        break;
+      }
+      open_.store(phase + 1, std::memory_order_release);
+      take_tasks(phase, 0);
+      wait_until([&] { return tasks.done.load(std::memory_order_acquire) == tasks.number; });
+    }
+    finished_.store(true, std::memory_order_release);
   }
+
+  void follow(int thread) {
+    for (size_t seen = 0;;) {
+      wait_until([&] {
+        return finished_.load(std::memory_order_acquire) ||
+               open_.load(std::memory_order_acquire) != seen;
+      });
+      if (finished_.load(std::memory_order_acquire)) return;
+      seen = open_.load(std::memory_order_acquire);
+      take_tasks(seen - 1, thread);
+    }
+  }
+
+  void take_tasks(size_t phase, int thread) {
+    Tasks& tasks = tasks_[phase];
+    for (;;) {
+      const size_t task = tasks.next.fetch_add(1, std::memory_order_relaxed);
+      if (task >= tasks.number) return;
+      try {
+        if (!failed_.load(std::memory_order_relaxed)) phases_[phase].body(task, thread);
+      } catch (...) {
+        fail();
+      }
+      tasks.done.fetch_add(1, std::memory_order_acq_rel);
+    }
+  }
+
+  void fail() {
+    if (!failed_.exchange(true)) error_ = std::current_exception();
+  }
+
+  const std::vector<ThreadPool::Phase>& phases_;
+  const std::unique_ptr<Tasks[]> tasks_;  // of each phase
+  std::atomic<size_t> open_{0};           // phases that have started
+  std::atomic<bool> finished_{false};
+  std::atomic<bool> failed_{false};
+  std::exception_ptr error_ = nullptr;
 };
 
 /// Throws when a CPU cannot be pinned to. A thread of its own tries them all, because the caller's
@@ -155,7 +192,7 @@ struct ThreadPool::Workers {
   std::vector<std::thread> threads;
   std::mutex run_mutex;
 
-  Job job;  // started only while the gate is closed and empty
+  const std::function<void(int)>* body = nullptr;  // set only while the gate is closed and empty
 
   // Workers inside the current job, and a bit that keeps late ones out of a finished job.
   static constexpr uint32_t kClosed = 1u << 31;
@@ -177,9 +214,9 @@ struct ThreadPool::Workers {
     for (std::thread& thread : threads) thread.join();
   }
 
-  void run(size_t tasks, const Body& task_body) {
+  void enter(const std::function<void(int)>& job_body) {
     std::lock_guard<std::mutex> one_at_a_time(run_mutex);
-    job.start(tasks, task_body);
+    body = &job_body;
     gate.store(0);
     // Sequentially consistent, like the worker's `sleepers` and `generation`: one sees the other.
     generation.fetch_add(1);
@@ -190,7 +227,7 @@ struct ThreadPool::Workers {
       wake.notify_all();
     }
 
-    job.take_tasks(0);
+    job_body(0);
 
     gate.fetch_or(kClosed);
     const auto empty = [this] { return gate.load() == kClosed; };
@@ -198,7 +235,6 @@ struct ThreadPool::Workers {
       std::unique_lock<std::mutex> lock(sleep_mutex);
       left.wait(lock, empty);
     }
-    job.rethrow();
   }
 
   void work(int thread) {
@@ -218,7 +254,7 @@ struct ThreadPool::Workers {
       while (!(inside & kClosed) && !gate.compare_exchange_weak(inside, inside + 1)) {
       }
       if (inside & kClosed) continue;
-      job.take_tasks(thread);
+      (*body)(thread);
       if (gate.fetch_sub(1) == (kClosed | 1)) {
         {
           std::lock_guard<std::mutex> lock(sleep_mutex);
@@ -254,22 +290,47 @@ ThreadPool::ThreadPool(int num_openmp_threads)
         "This process holds no OpenMP runtime; import torch before, or make a pool of CPUs.");
 }
 
+void ThreadPool::enter(const std::function<void(int)>& body) {
+  if (getpid() != owner_pid_)
+    throw std::runtime_error("This thread pool was made before fork(); make one in the child.");
+  if (openmp_ == nullptr) return workers_->enter(body);
+  // OpenMP's threads number themselves as they come, but for the caller.
+  struct Team {
+    const std::function<void(int)>& body;
+    const int num_threads;
+    const std::thread::id caller = std::this_thread::get_id();
+    std::atomic<int> next_thread{1};
+
+    void join() {
+      const int thread = std::this_thread::get_id() == caller
+                             ? 0
+                             : next_thread.fetch_add(1, std::memory_order_relaxed);
+      if (thread < num_threads) body(thread);
+    }
+  } team = {body, num_threads_};
+  openmp_([](void* data) { static_cast<Team*>(data)->join(); }, &team,
+          static_cast<unsigned>(num_threads_), 0);
+}
+
+void ThreadPool::run(const std::vector<Phase>& phases) {
+  if (num_threads_ == 1) {
+    for (const Phase& phase : phases) {
+      const size_t num_tasks = phase.start();
+      for (size_t task = 0; task < num_tasks; ++task) phase.body(task, 0);
+    }
+    return;
+  }
+  Job job(phases);
+  enter([&job](int thread) { job.run(thread); });
+  job.rethrow();
+}
+
 void ThreadPool::run(size_t num_tasks, const Body& body) {
   if (num_threads_ == 1 || num_tasks <= 1) {
     for (size_t task = 0; task < num_tasks; ++task) body(task, 0);
     return;
   }
-  if (getpid() != owner_pid_)
-    throw std::runtime_error("This thread pool was made before fork(); make one in the child.");
-  if (openmp_ == nullptr) {
-    workers_->run(num_tasks, body);
-    return;
-  }
-  OpenMpJob shared(num_threads_);
-  shared.job.start(num_tasks, body);
-  openmp_([](void* data) { static_cast<OpenMpJob*>(data)->take_tasks(); }, &shared,
-          static_cast<unsigned>(num_threads_), 0);
-  shared.job.rethrow();
+  run({{[num_tasks] { return num_tasks; }, body}});
 }
 
 }  // namespace magicpig

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from compare_report import machine_facts, table
 
 from vllm_magicpig.cpus import one_per_core
@@ -85,10 +86,11 @@ class Timing:
 
 
 class Evictor:
-    """Empties the caches by reading something else."""
+    """Empties the caches by reading something else, on torch's threads: a model's other layers run on
+    these, and leave them awake, with nothing of this one in any core's cache."""
 
     def __init__(self, num_bytes: int = EVICT_BYTES) -> None:
-        self._lines = np.ones(num_bytes // 8, np.uint64)[::8]
+        self._lines = torch.ones(num_bytes // 8, dtype=torch.int64)[::8]
 
     def __call__(self) -> None:
         self._lines.sum()
