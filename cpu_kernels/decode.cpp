@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "elements.h"
 #include "sample_lookup.h"
@@ -241,11 +242,16 @@ class Step {
       for (int head = 0; head < input_.num_q_heads; ++head) {
         const float* query = queries_ + weightings_.size() * head_size_;
         const float* center = input_.center + static_cast<size_t>(head) / group_ * head_size_;
-        double norm = 0.0, dot = 0.0;
-        for (size_t d = 0; d < head_size_; ++d) {
-          norm += static_cast<double>(query[d]) * query[d];
-          dot += static_cast<double>(query[d]) * center[d];
-        }
+        // Eight sums at once: one waits for each of its additions.
+        constexpr size_t kSums = 8;  // divides every head size
+        double norms[kSums] = {}, dots[kSums] = {};
+        for (size_t d = 0; d < head_size_; d += kSums)
+          for (size_t i = 0; i < kSums; ++i) {
+            norms[i] += static_cast<double>(query[d + i]) * query[d + i];
+            dots[i] += static_cast<double>(query[d + i]) * center[d + i];
+          }
+        const double norm = std::accumulate(norms, norms + kSums, 0.0);
+        const double dot = std::accumulate(dots, dots + kSums, 0.0);
         const Threshold threshold = lookup_->view(static_cast<int>(r), head).threshold;
         Weighting weighting = weighting_of(table, threshold);
         weighting.center = center;

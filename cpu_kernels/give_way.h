@@ -17,8 +17,8 @@ class GiveWay {
   /// late; else it goes on in small turns while steps run.
   GiveWay(const ThreadPool* steps, bool can_wait)
       : steps_(steps),
-        patience_(can_wait ? kPatience : Clock::duration::zero()),
-        turn_(can_wait ? Clock::duration{kLongTurn} : Clock::duration{kTurn}) {}
+        patience_(can_wait ? kLongPatience : kPatience),
+        turn_(can_wait ? kLongTurn : kTurn) {}
 
   /// Called every few tens of microseconds. Sleeps while the pool is in use, but works for a turn
   /// whenever its patience is at an end, so that what it builds does come. A long turn delays a
@@ -38,12 +38,11 @@ class GiveWay {
  private:
   /// Not a wake-up by the step, which would have to pay for it.
   static constexpr std::chrono::microseconds kNap{250};
-  static constexpr std::chrono::milliseconds kPatience{200};
-  static constexpr std::chrono::milliseconds kLongTurn{1};
-  static constexpr std::chrono::microseconds kTurn{50};
+  static constexpr std::chrono::microseconds kPatience{2000}, kLongPatience{200'000};
+  static constexpr std::chrono::microseconds kTurn{100}, kLongTurn{1000};
 
   const ThreadPool* steps_;
-  Clock::duration patience_, turn_;
+  std::chrono::microseconds patience_, turn_;
   Clock::time_point free_until_{};
 };
 

@@ -46,7 +46,7 @@ bool spin_until(const Done& done) {
   return done();
 }
 
-/// For what other threads are about to do: whoever else wants this core gets it.
+/// For what other threads are about to end; whoever else wants this core gets it.
 template <class Done>
 void wait_until(const Done& done) {
   if (spin_until(done)) return;
@@ -127,13 +127,15 @@ class Job {
       }
       open_.store(phase + 1, std::memory_order_release);
       take_tasks(phase, 0);
-      wait_until([&] { return tasks.done.load(std::memory_order_acquire) == tasks.number; });
+      // The end of the last one is that of all who came.
+      if (phase + 1 < phases_.size())
+        wait_until([&] { return tasks.done.load(std::memory_order_acquire) == tasks.number; });
     }
     finished_.store(true, std::memory_order_release);
   }
 
   void follow(int thread) {
-    for (size_t seen = 0;;) {
+    for (size_t seen = 0; seen < phases_.size();) {
       wait_until([&] {
         return finished_.load(std::memory_order_acquire) ||
                open_.load(std::memory_order_acquire) != seen;

@@ -65,7 +65,7 @@ from vllm_magicpig.capacity import segment_levels
 PARTS = ("build", "background", "tradeoff", "generation")
 NUM_Q_HEADS = NUM_KV_HEADS * GROUP
 BUDGETS = (0.005, 0.01, 0.02)
-PHASE_STEPS = 100
+PHASE_STEPS = 200
 BIN_TOKENS = 512  # a point of the generation plot
 
 
@@ -214,11 +214,11 @@ def part_background(given: Any, report: Report, cpus: Sequence[int], native: Mod
     queries = rows.queries(len(BUILDERS) * given.decode_steps, seed=1).bfloat16()[:, None]
     levels = segment_levels(BLOCK_SIZE)
     level = levels[-1] if given.decode_tokens >= levels[-2] else levels[1]
-    work = Building(_layer(config, generate("mixed", 2 * level, seed=1), cpus, native), level, pool)
+    work = Building(_layer(config, generate("mixed", level, seed=1), cpus, native), level, pool)
     builder = _C.SegmentBuilder(list(cpus), pool)
     times: dict[str, list[float]] = {name: [] for name in BUILDERS}
     built = dict.fromkeys(BUILDERS, 0)
-    evict = Evictor()
+    evict = Evictor(alone=True)
     for phase in BUILDERS[1:] * 2:
         work.ask(builder, merges=phase == "merges")
         builder.drain()

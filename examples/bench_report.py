@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -56,15 +57,29 @@ def cores() -> list[int]:
 
 
 def use_cpus(cpus: Sequence[int]) -> None:
-    """Keeps torch, its OpenMP threads and this thread on `cpus`; pinned pools are made afterwards."""
-    import torch
-
+    """Keeps this process's threads on `cpus`, and each of torch's OpenMP threads on one of them, as
+    vLLM binds them in its CPU worker; this thread is the first. Pinned pools are made afterwards."""
     for thread in os.listdir("/proc/self/task"):
         try:
             os.sched_setaffinity(int(thread), cpus)
         except (ProcessLookupError, PermissionError):  # gone meanwhile, or not ours
             continue
     torch.set_num_threads(len(cpus))
+    runtime = openmp_runtime()
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def bind(_: int | None) -> None:
+        os.sched_setaffinity(0, {cpus[runtime.omp_get_thread_num()]})
+
+    runtime.GOMP_parallel(bind, None, len(cpus), 0)
+
+
+def openmp_runtime() -> ctypes.CDLL:
+    """The one that torch has loaded."""
+    runtime = re.compile(r"/\S*/lib(?:gomp|iomp5|omp)\b\S*\.so\S*")
+    found = runtime.search(Path("/proc/self/maps").read_text())
+    assert found is not None, "torch runs its operations on OpenMP's threads"
+    return ctypes.CDLL(found[0])
 
 
 @dataclass(frozen=True)
@@ -87,13 +102,18 @@ class Timing:
 
 class Evictor:
     """Empties the caches by reading something else, on torch's threads: a model's other layers run on
-    these, and leave them awake, with nothing of this one in any core's cache."""
+    these, and leave them awake, with nothing of this one in any core's cache. alone: on this thread, so
+    that the other cores are free meanwhile."""
 
-    def __init__(self, num_bytes: int = EVICT_BYTES) -> None:
+    def __init__(self, num_bytes: int = EVICT_BYTES, alone: bool = False) -> None:
         self._lines = torch.ones(num_bytes // 8, dtype=torch.int64)[::8]
+        self._alone = self._lines.numpy() if alone else None
 
     def __call__(self) -> None:
-        self._lines.sum()
+        if self._alone is None:
+            self._lines.sum()
+        else:
+            self._alone.sum()
 
 
 def interleave(

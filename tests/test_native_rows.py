@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,20 @@ def test_a_batch_is_a_copy_and_serves_many_calls() -> None:
         layer.attend(batch.query, native, out)
         assert torch.equal(out, batch.expected(isa))
         assert layer.counters.decode_steps == calls
+
+
+@pytest.mark.parametrize("num_threads", [2, 5])
+def test_on_openmps_threads(num_threads: int) -> None:
+    """Torch's, whether they are awake or not."""
+    batch, isa = Batch(torch.float32), _C.resolve_isa("auto")
+    threads = _C.ThreadPool.of_openmp(num_threads)
+    expected = batch.expected(isa)
+    for step in range(20):
+        if step % 5 == 0:
+            time.sleep(0.02)
+        out = torch.empty_like(batch.query)
+        batch.decode(batch.query, out, isa, pool=threads)
+        assert torch.equal(out, expected)
 
 
 def test_the_record_counts_sampled_and_exact_heads_apart() -> None:
