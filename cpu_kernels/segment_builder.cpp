@@ -1,4 +1,5 @@
 // Segments, built by a thread that decode never waits for.
+#include <sched.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -19,6 +20,9 @@ namespace {
 /// Of the calling thread; the threads that it starts inherit it. Advice: no harm where it fails.
 void lower_priority() {
 #if defined(__linux__)  // elsewhere it would be the whole process
+  // Who wakes from a nap takes no core from a step then: it would keep it until the next tick.
+  const sched_param none = {};
+  static_cast<void>(sched_setscheduler(0, SCHED_BATCH, &none));
   constexpr int kNice = 10;
   static_cast<void>(setpriority(PRIO_PROCESS, 0, getpriority(PRIO_PROCESS, 0) + kNice));
 #endif

@@ -254,6 +254,7 @@ def test_threads_run_where_and_as_they_should() -> None:
     assert masks == sorted([(CPUS[-1],), (CPUS[0],), (CPUS[-1],)])
     nice = [os.getpriority(os.PRIO_PROCESS, tid) for tid in started]
     assert nice == [min(own + 10, 19)] * 3
+    assert [os.sched_getscheduler(tid) for tid in started] == [os.SCHED_BATCH] * 3
     assert os.getpriority(os.PRIO_PROCESS, 0) == own
     del builder
     deadline = time.monotonic() + 30  # the kernel forgets a joined thread a moment later
