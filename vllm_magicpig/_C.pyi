@@ -400,11 +400,11 @@ class DecodeExchange:
 class SegmentBuilder:
     """One background thread, with workers on `cpus`, that builds segments for all layers.
 
-    Nothing waits for it: what lacks a segment is compared by code. Its threads are batch threads, niced by 10. A
-    segment is kept only if no block it covers has had a new owner since it was asked for. Smaller
-    ones are built before larger ones, equal ones layer by layer. While decode attention runs on the
-    pool `gives_way_to`, its threads rest, but for a millisecond after each 200 of waiting, where smaller
-    segments serve meanwhile; else but for 100 microseconds after each 2 milliseconds.
+    Nothing waits for it: what lacks a segment is compared by code. Its threads are batch threads,
+    niced by 10. A segment is kept only if no block it covers has had a new owner since it was asked for.
+    Smaller ones are built before larger ones, equal ones layer by layer. While decode attention runs on
+    the pool `gives_way_to`, its threads rest, but for a millisecond after each 200 of waiting, where
+    smaller segments serve meanwhile; else but for 100 microseconds after each 2 milliseconds.
     """
 
     def __init__(self, cpus: Sequence[int], gives_way_to: ThreadPool | None = None) -> None: ...
