@@ -64,9 +64,14 @@ inline RowType row_type_of(const DlTensor& tensor, const char* name, RowType typ
 
 inline void read_tensor(py::handle rows, RowType type, RowsArgument& found) {
   const DlExchange* exchange = dl_exchange_of(rows);
-  if (exchange == nullptr)
-    refuse(found.name, " is a ", py::cast<std::string>(py::type::of(rows).attr("__name__")),
-           ", but must be an array or a tensor; pass one.");
+  if (exchange == nullptr) {
+    const std::string kind = py::cast<std::string>(py::type::of(rows).attr("__name__"));
+    if (py::hasattr(rows, "__dlpack__"))
+      refuse(found.name, " is a ", kind,
+             ", whose library has no DLPack C exchange table of version ",
+             DlExchange::kMajorVersion, "; update it, or pass an array.");
+    refuse(found.name, " is a ", kind, ", but must be an array or a tensor; pass one.");
+  }
   DlTensor tensor = {};
   if (exchange->to_tensor(rows.ptr(), &tensor) != 0) {
     const py::error_already_set error;

@@ -73,6 +73,12 @@ def store_codes(**changes: Any) -> None:
     PAGES.store_codes(**{**arguments, **changes})
 
 
+class OldTensor:
+    shape = (2, 4, 16)
+
+    def __dlpack__(self) -> None: ...
+
+
 TABLES = np.array([[0, 1, 2, 99], [3, 4, -1, 99]], np.int32)
 LENS = np.array([96, 40], np.int32)
 
@@ -222,6 +228,7 @@ DECODES = [
     ),
     ({"query": torch.zeros(2, 64)}, r"query has shape \(2, 64\)"),
     ({"query": [[[0.0]]]}, "query is a list, but must be an array or a tensor"),
+    ({"query": OldTensor()}, "query is a OldTensor, whose library has no DLPack C exchange table"),
     ({"query_codes": HASH}, "hasher is for vectors of 16 elements and 8 words"),
     ({"query": misaligned(zeros(2, 4, 16))}, "query is not aligned"),
     ({"query_codes": zeros(2, 2, 4, dtype=np.uint16)}, r"query_codes has shape \(2, 2, 4\)"),
