@@ -245,4 +245,27 @@ inline void check_same_pages(const BoundIndex& index, const BoundPages& pages) {
     refuse("index belongs to other pages; pass the index made from these.");
 }
 
+/// That a layer of this rule, null in exact mode, can read this index, null without one.
+inline void check_sampling(const BoundRule* rule, const BoundIndex* index,
+                           const BoundPages& pages) {
+  if (index != nullptr) {
+    if (rule == nullptr)
+      refuse("index is given without a rule, but exact attention reads none; pass both or None.");
+    check_same_pages(*index, pages);
+  }
+  if (rule != nullptr)
+    check_rule(rule->rule, pages.pages, index == nullptr ? nullptr : &index->index);
+}
+
+/// A layer's centre, copied.
+inline std::vector<float> center_of(const BoundRule* rule, const Pages& pages,
+                                    const py::array& center) {
+  if (rule == nullptr)
+    refuse("This layer has no rule, but a center is for codes; make it with a rule.");
+  const float* value = input<float>(
+      "center", center,
+      {{"num_kv_heads", pages.num_kv_heads()}, {"head_size", pages.layout().head_size}});
+  return {value, value + center.size()};
+}
+
 }  // namespace magicpig

@@ -20,12 +20,6 @@ const uint16_t* query_codes_of(const SampleRule& rule, const py::array& query_co
   return codes;
 }
 
-const LshIndex* index_of(const BoundIndex* index, const BoundPages& pages) {
-  if (index == nullptr) return nullptr;
-  check_same_pages(*index, pages);
-  return &index->index;
-}
-
 /// That the hash makes the codes of these pages and of the rule.
 void check_hash(const SimHash& hash, const SampleRule& rule, const Pages& pages) {
   const InclusionTable& table = *rule.table;
@@ -48,9 +42,8 @@ std::vector<std::vector<py::tuple>> sample_arrays(const BoundPages& pages, const
   const Requests requests = requests_of(pages.pages, block_tables, seq_lens);
   check_shape("query_codes", query_codes, {{"num_reqs"}, {"num_q_heads"}, {"words"}});
   const int num_q_heads = check_query_heads(query_codes.shape(1), pages.pages);
-  const LshIndex* segments = index_of(index, pages);
-  check_rule(rule.rule, pages.pages, segments);
-  const SampleInput in = {&rule.rule, segments,
+  check_sampling(&rule, index, pages);
+  const SampleInput in = {&rule.rule, index == nullptr ? nullptr : &index->index,
                           query_codes_of(rule.rule, query_codes, requests.size, num_q_heads)};
   std::vector<std::vector<HeadSample>> samples;
   {
@@ -141,11 +134,9 @@ std::unique_ptr<BoundDecode> make_layer(std::shared_ptr<BoundPages> pages,
                                         int64_t exact_below, Isa isa,
                                         std::shared_ptr<ThreadPool> pool) {
   check_isa(isa);
-  if (rule == nullptr && index != nullptr)
-    refuse("index is given without a rule, but exact attention reads none; pass both or None.");
+  check_sampling(rule.get(), index.get(), *pages);
   if (rule == nullptr && hasher != nullptr)
     refuse("hasher is given without a rule, but exact attention has no codes; pass both or None.");
-  if (rule != nullptr) check_rule(rule->rule, pages->pages, index_of(index.get(), *pages));
   if (hasher != nullptr) check_hash(*hasher, rule->rule, pages->pages);
   auto layer = std::make_unique<BoundDecode>();
   layer->scale = finite_scale(scale);
@@ -160,15 +151,10 @@ std::unique_ptr<BoundDecode> make_layer(std::shared_ptr<BoundPages> pages,
 }
 
 void set_center(BoundDecode& self, const py::array& center) {
-  if (self.rule == nullptr)
-    refuse("This layer has no rule, but a center is for codes; make it with a rule.");
-  const Pages& pages = self.pages->pages;
-  const float* value = input<float>(
-      "center", center,
-      {{"num_kv_heads", pages.num_kv_heads()}, {"head_size", pages.layout().head_size}});
+  std::vector<float> value = center_of(self.rule.get(), self.pages->pages, center);
   if (!self.center.empty())
     refuse("This layer has its center, by which codes are stored; make a new layer for another.");
-  self.center.assign(value, value + center.size());
+  self.center = std::move(value);
 }
 
 const uint16_t* codes_of_call(const BoundDecode& layer, const std::optional<py::array>& query_codes,

@@ -209,8 +209,7 @@ std::unique_ptr<BoundLayer> make_layer(
     std::shared_ptr<HostCallbacks> callbacks, std::shared_ptr<SegmentBuilder> builder, double scale,
     int64_t exact_below, Isa isa, std::shared_ptr<ThreadPool> pool) {
   check_isa(isa);
-  if (index != nullptr && rule == nullptr)
-    refuse("index is given without a rule, but exact attention reads none; pass both or None.");
+  check_sampling(rule.get(), index.get(), *pages);
   if (builder != nullptr && index == nullptr)
     refuse("builder is given without an index, but has nothing to build then; pass None.");
   check_exchange(*exchange, pages->pages, rule != nullptr);
@@ -219,14 +218,8 @@ std::unique_ptr<BoundLayer> make_layer(
 
   StreamLayer::Parts parts = {};
   parts.pages = &pages->pages;
-  if (rule != nullptr) {
-    if (index != nullptr) {
-      check_same_pages(*index, *pages);
-      parts.index = &index->index;
-    }
-    check_rule(rule->rule, pages->pages, parts.index);
-    parts.rule = &rule->rule;
-  }
+  if (rule != nullptr) parts.rule = &rule->rule;
+  if (index != nullptr) parts.index = &index->index;
   parts.exchange = exchange->buffers;
   parts.callbacks = std::move(callbacks);
   parts.builder = builder.get();
@@ -241,12 +234,7 @@ std::unique_ptr<BoundLayer> make_layer(
 }
 
 void set_center(BoundLayer& self, const py::array& center) {
-  if (self.owned.rule == nullptr)
-    refuse("This layer has no rule, but a center is for codes; make it with a rule.");
-  const float* value = input<float>("center", center,
-                                    {{"num_kv_heads", self.owned.exchange->num_kv_heads},
-                                     {"head_size", self.owned.exchange->head_size}});
-  self.layer->set_center({value, value + center.size()});
+  self.layer->set_center(center_of(self.owned.rule.get(), self.owned.pages->pages, center));
 }
 
 void launch_stored(BoundLayer& self, uintptr_t stream, const BoundStep& step) {

@@ -118,7 +118,6 @@ class Counted:
 
     steps: int
     rows: int
-    hash_ns: int
     lookup_ns: int
     attend_ns: int
 
@@ -250,7 +249,6 @@ class Decoder:
         return Counted(
             now.decode_steps - before.decode_steps,
             now.sampled_rows - before.sampled_rows,
-            now.hash_ns - before.hash_ns,
             now.lookup_ns - before.lookup_ns,
             now.attend_ns - before.attend_ns,
         )
