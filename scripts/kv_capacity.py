@@ -19,7 +19,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -33,6 +32,7 @@ from vllm_magicpig.capacity import GIB, Capacity
 from vllm_magicpig.config import MagicPigOptions
 from vllm_magicpig.cost_model import MODELS, ModelShape
 from vllm_magicpig.device_backend import DevicePageBackend
+from vllm_magicpig.vllm_versions import kv_cache_planner
 
 DTYPE = torch.bfloat16
 LAYOUTS = (KVCacheLayout.LBNHC, KVCacheLayout.LBHNC)
@@ -114,8 +114,9 @@ def plan(
 ) -> KVCacheConfig:
     """vLLM's plan for one rank whose worker reports device_bytes."""
     config = planner_config(layout)
-    groups = kv_cache_utils.get_kv_cache_groups(config, dict(specs))
-    return kv_cache_utils.get_kv_cache_config_from_groups(config, groups, device_bytes)
+    planner = kv_cache_planner()
+    groups = planner.get_kv_cache_groups(config, dict(specs))
+    return planner.get_kv_cache_config_from_groups(config, groups, device_bytes)
 
 
 def check_layout(

@@ -24,12 +24,12 @@ backend = vllm_magicpig.register()
 
 def config(attention_backend=backend, options=None, **changes):
     made = NS(
-        attention_config=NS(backend=attention_backend),
+        attention_config=NS(backend=attention_backend, backend_per_kind={}),
         additional_config={} if options is None else {"magicpig": options},
         model_config=NS(
             use_mla=False, is_hybrid=False, is_attention_free=False, is_encoder_decoder=False,
             is_mm_prefix_lm=False, dtype="torch.bfloat16",
-            enable_sleep_mode=changes.pop("sleep", False),
+            enable_sleep_mode=changes.pop("sleep", False), get_total_num_hidden_layers=lambda: 3,
         ),
         cache_config=NS(cache_dtype="auto", block_size=16, user_specified_block_size=False),
         parallel_config=NS(

@@ -111,6 +111,9 @@ class Output(AsyncModelRunnerOutput):
     def get_output(self) -> Any:
         return "tokens"
 
+    def get_kv_connector_output(self) -> Any:
+        return "blocks"
+
 
 def failed_callback(worker: Worker) -> None:
     def raise_error() -> None:
@@ -128,6 +131,7 @@ def test_an_error_comes_out_of_the_step_that_vllm_waits_for() -> None:
     waiting = worker.sample_tokens(None)  # asynchronous: the device may not have come to it
     with pytest.raises(RuntimeError, match="is 77"):
         waiting.get_output()
+    assert waiting.get_kv_connector_output() == "blocks"  # vLLM 0.33 asks after an error
     worker.output = "tokens"  # synchronous
     with pytest.raises(RuntimeError, match="is 77"):
         worker.sample_tokens(None)

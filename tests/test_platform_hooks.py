@@ -19,6 +19,10 @@ class VllmPlatform:
     def check_and_update_config(cls, vllm_config: Any) -> None:
         pass
 
+    @classmethod
+    def update_block_size_for_backend(cls, vllm_config: Any) -> None:
+        vllm_config.cache_config.block_size = 64
+
 
 class Platform(MagicPigHooks, VllmPlatform):
     platform_worker = "worker"
@@ -28,11 +32,15 @@ class Platform(MagicPigHooks, VllmPlatform):
 def config(center: str, backend: str = "MAGICPIG") -> Any:
     """Of a model of 3 layers and 2 kv heads."""
     return SimpleNamespace(
-        attention_config=SimpleNamespace(backend=SimpleNamespace(name=backend)),
+        attention_config=SimpleNamespace(
+            backend=SimpleNamespace(name=backend), backend_per_kind={}
+        ),
         additional_config={"magicpig": {"center": center}},
         speculative_config=None,
         kv_transfer_config=None,
-        cache_config=SimpleNamespace(cache_dtype="auto", block_size=128),
+        cache_config=SimpleNamespace(
+            cache_dtype="auto", block_size=16, user_specified_block_size=False
+        ),
         parallel_config=SimpleNamespace(
             worker_cls="worker", decode_context_parallel_size=1, prefill_context_parallel_size=1
         ),
@@ -74,3 +82,34 @@ def test_only_an_engine_with_magicpig_is_shown_at_metrics(collector: MagicPigCol
     chosen = config("none")
     Platform.check_and_update_config(chosen)
     assert collector.vllm_config is chosen
+
+
+def block_size_after(chosen: Any) -> int:
+    Platform.check_and_update_config(chosen)
+    Platform.update_block_size_for_backend(chosen)
+    size: int = chosen.cache_config.block_size
+    return size
+
+
+def test_blocks_of_128_tokens_unless_the_user_says_otherwise(collector: MagicPigCollector) -> None:
+    """vLLM 0.32's CPU platform has set 128 by then, 0.33's leaves its own 16 until the layers exist."""
+    assert block_size_after(config("none")) == 128
+    chosen = config("none")
+    chosen.cache_config.block_size, chosen.cache_config.user_specified_block_size = 32, True
+    assert block_size_after(chosen) == 32
+    chosen.cache_config.block_size = 48
+    with pytest.raises(
+        ValueError, match="does not support block size 48, it supports multiples of"
+    ):
+        block_size_after(chosen)
+    assert block_size_after(config("none", backend="CPU_ATTN")) == 64
+
+
+def test_a_kind_of_layer_alone_cannot_have_magicpig(collector: MagicPigCollector) -> None:
+    """Its layers would be without the worker that gives them pages."""
+    chosen = config("none", backend="CPU_ATTN")
+    chosen.attention_config.backend_per_kind = {"full_attention": SimpleNamespace(name="MAGICPIG")}
+    with pytest.raises(
+        ValueError, match="chosen in backend_per_kind, but it has to be the backend"
+    ):
+        Platform.check_and_update_config(chosen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.config import AttentionConfig
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+import vllm_magicpig
+from vllm_magicpig import obstacles
 
 pytestmark = pytest.mark.skipif(
     torch.version.cuda is not None, reason="about vLLM's CPU build, and this is a CUDA build"
@@ -61,7 +67,6 @@ def test_registering_twice_gives_one_member_with_the_backends_name() -> None:
 
 @pytest.mark.parametrize("name", ["magicpig", "MAGICPIG", "MagicPig"])
 def test_any_case_selects_it(name: str) -> None:
-    from vllm.config import AttentionConfig
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
@@ -78,17 +83,113 @@ def test_the_member_unpickles_before_plugins_are_loaded() -> None:
     assert output(load).splitlines()[-1] == "MAGICPIG"
 
 
-def test_where_vllm_skips_platform_plugins_the_name_is_unknown_rather_than_ignored() -> None:
+def test_where_vllm_skips_platform_plugins_asking_for_it_is_refused_rather_than_ignored() -> None:
     code = (
         "from vllm.plugins import load_general_plugins; load_general_plugins();"
-        "from vllm.config import AttentionConfig; AttentionConfig(backend='magicpig')"
+        "from vllm.config import AttentionConfig; print(AttentionConfig(backend='cpu_attn').backend);"
+        "AttentionConfig(backend='magicpig')"
     )
-    result = run(code, VLLM_TARGET_DEVICE="cpu")
+    result = run(code, VLLM_TARGET_DEVICE="CPU")  # vLLM takes any case
     assert result.returncode != 0
-    assert "Unknown attention backend: 'MAGICPIG'" in result.stderr
-    assert (
-        "VLLM_TARGET_DEVICE=cpu makes vLLM skip platform plugins" in result.stderr + result.stdout
+    assert result.stdout.splitlines()[-1] == "AttentionBackendEnum.CPU_ATTN"
+    assert "magicpig is not available: VLLM_TARGET_DEVICE=cpu makes vLLM skip" in result.stderr
+
+
+@pytest.fixture
+def new_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's backends as a new process finds them."""
+    members = {
+        name: m for name, m in AttentionBackendEnum.__members__.items() if name != "MAGICPIG"
+    }
+    monkeypatch.setattr(AttentionBackendEnum, "_member_map_", members)
+
+
+def assert_refused(sentence: str) -> None:
+    """magicpig is, where it is asked for, and other names are not."""
+    assert vllm_magicpig.register() is None
+    assert vllm_magicpig.register() is None
+    with pytest.raises(ValueError) as caught:
+        AttentionConfig(backend="magicpig")  # type: ignore[arg-type]
+    assert f"Attention backend magicpig is not available: {sentence}" in str(caught.value)
+    assert AttentionConfig(backend="CPU_ATTN").backend == AttentionBackendEnum.CPU_ATTN  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Unknown attention backend: 'MAGICPIGS'"):
+        AttentionConfig(backend="magicpigs")  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("new_registry")
+def test_another_version_of_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.__version__", "0.34.0")
+    assert vllm_magicpig.platform_plugin() is None
+    assert_refused(
+        "vLLM's version is 0.34.0, but vllm-magicpig supports releases of 0.32 and 0.33;"
     )
+
+
+@pytest.mark.usefixtures("new_registry")
+def test_a_platform_class_that_fails_to_import_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM would import it whatever the backend, and end there."""
+    monkeypatch.setitem(sys.modules, "vllm_magicpig.platform", None)
+    assert vllm_magicpig.platform_plugin() is None
+    assert_refused("its platform class fails to import (ModuleNotFoundError: ")
+
+
+@pytest.mark.usefixtures("new_registry")
+def test_a_platform_that_is_not_ours_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the reason: vLLM 0.32 logs a platform plugin that fails at DEBUG only."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    monkeypatch.setattr("vllm.platforms._current_platform", CpuPlatform())
+    assert_refused("vLLM runs on CpuPlatform, which is not magicpig's platform class;")
+
+
+@pytest.mark.usefixtures("new_registry")
+@pytest.mark.parametrize("fails", [False, True])
+def test_another_platform_plugin_has_the_platform_unless_it_fails(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Entry:
+        name = "other"
+
+        def load(self) -> Any:
+            if fails:
+                raise ImportError("no driver")
+            return lambda: "other.Platform"
+
+    monkeypatch.setattr(obstacles, "entry_points", lambda group: [Entry()])
+    offered = vllm_magicpig.platform_plugin()
+    if fails:  # vLLM goes on without it, 0.33 with a warning
+        assert offered == "vllm_magicpig.platform.MagicPigCpuPlatform"
+    else:
+        assert offered is None
+        assert_refused("the platform plugin 'other' is active and vLLM takes only one;")
+
+
+def test_a_vllm_with_another_registry_is_told_in_the_log(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It cannot know the name, so it refuses magicpig itself; other backends must go on."""
+    warnings: list[str] = []
+    monkeypatch.setattr("vllm.__version__", "0.50.0")
+    monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.registry", None)
+    monkeypatch.setattr(
+        vllm_magicpig.logger, "warning", lambda text, *values: warnings.append(text % values)
+    )
+    assert vllm_magicpig.register() is None
+    (warning,) = warnings
+    assert warning.startswith(
+        "Attention backend MAGICPIG is not available: vLLM's version is 0.50.0"
+    )
+
+
+def test_a_child_process_that_cannot_run_it_ends_rather_than_take_another_backend(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pickled = pickle.dumps(vllm_magicpig.register())
+    members = dict(AttentionBackendEnum.__members__)
+    monkeypatch.setattr(AttentionBackendEnum, "_member_map_", members)
+    monkeypatch.setenv("VLLM_TARGET_DEVICE", "cpu")
+    with pytest.raises(RuntimeError, match="cannot run in a process of this engine: VLLM_TARGET"):
+        pickle.loads(pickled)
 
 
 def configure(model: str, **arguments: Any) -> tuple[str, str]:
@@ -150,6 +251,10 @@ def test_choosing_it_changes_worker_and_backend(tiny_model: str) -> None:
         ),
         ({"kv_cache_dtype": "fp8"}, "magicpig does not support KV cache dtype fp8"),
         ({"block_size": 16}, "magicpig does not support block size 16"),
+        (
+            {"attention_config": {"backend_per_kind": {"full_attention": "magicpig"}}},
+            "magicpig is chosen in backend_per_kind, but it has to be the backend of the whole model",
+        ),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
             "magicpig does not support speculative decoding (ngram)",

@@ -248,6 +248,10 @@ class _CheckedOutput(AsyncModelRunnerOutput):
         self._check()
         return result
 
+    def get_kv_connector_output(self) -> Any:
+        """What vLLM 0.33 asks for after an error; KV connectors are refused at start-up."""
+        return self._output.get_kv_connector_output()
+
 
 def _token_bytes(shape: LayerShape, num_tables: int) -> int:
     return capacity.content_bytes(shape.head_size, shape.dtype.itemsize, num_tables)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from vllm_magicpig import BACKEND_NAME
+from vllm_magicpig.compile_key import add_compile_key
 from vllm_magicpig.config import MagicPigOptions, parse_options
 from vllm_magicpig.key_center import check_centers
 from vllm_magicpig.metrics import expose
@@ -13,6 +14,10 @@ from vllm_magicpig.support import check_config
 
 def is_magicpig(backend: Any) -> bool:
     return backend is not None and backend.name == BACKEND_NAME
+
+
+DEFAULT_BLOCK_SIZE = 128
+"""Tokens: a block of a kv head is then a run of 64 KiB in the host pool (head size 128, bf16)."""
 
 
 class MagicPigHooks:
@@ -45,11 +50,18 @@ class MagicPigHooks:
 
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
+        """vLLM calls this again in EngineCore, with the configuration that came out of it here."""
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
-        if not is_magicpig(vllm_config.attention_config.backend):
+        attention = vllm_config.attention_config
+        if any(map(is_magicpig, attention.backend_per_kind.values())):
+            raise ValueError(
+                "magicpig is chosen in backend_per_kind, but it has to be the backend of the whole "
+                "model; pass --attention-backend magicpig."
+            )
+        if not is_magicpig(attention.backend):
             return
         options = parse_options(vllm_config.additional_config)
-        cls.set_block_size(vllm_config.cache_config)
+        _set_block_size(vllm_config.cache_config)
         check_config(vllm_config)
         cls.check_options(vllm_config, options)
         model = vllm_config.model_config
@@ -64,12 +76,23 @@ class MagicPigHooks:
             vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
         if vllm_config.parallel_config.worker_cls == cls.platform_worker:
             vllm_config.parallel_config.worker_cls = cls.magicpig_worker
+        add_compile_key(vllm_config, options)
         expose(vllm_config)
 
     @classmethod
-    def set_block_size(cls, cache_config: Any) -> None:
-        """Replaces vLLM's default block size where the platform has not done so."""
+    def update_block_size_for_backend(cls, vllm_config: Any) -> None:
+        """vLLM calls this once the layers exist. It would take the smallest size that their backends
+        share, 32 or less; on the CPU, 0.32 has set its own before and 0.33 does so here."""
+        if is_magicpig(vllm_config.attention_config.backend):
+            _set_block_size(vllm_config.cache_config)
+        else:
+            super().update_block_size_for_backend(vllm_config)  # type: ignore[misc]
 
     @classmethod
     def check_options(cls, vllm_config: Any, options: MagicPigOptions) -> None:
         """Raises ValueError for what this platform cannot do."""
+
+
+def _set_block_size(cache_config: Any) -> None:
+    if not cache_config.user_specified_block_size:
+        cache_config.block_size = DEFAULT_BLOCK_SIZE
