@@ -390,6 +390,7 @@ PYBIND11_MODULE(_C, m) {
       .def("store_codes", &store_codes, array_arg("codes"), array_arg("slots"), arg("pool"))
       .def("load_codes", &load_codes, array_arg("slots"))
       .def("note_writes", &note_writes, array_arg("slots"))
+      .def("forget", [](BoundPages& self) { self.pages.forget(); })
       .def("epoch", &epoch, arg("block"))
       .def("written_blocks", &written_blocks)
       .def_property_readonly("num_tokens", [](BoundPages& b) { return b.pages.num_tokens(); })
@@ -422,6 +423,9 @@ PYBIND11_MODULE(_C, m) {
       .def("find", &find, array_arg("block_table"), arg("num_tokens"))
       .def(
           "clear", [](BoundIndex& self) { self.index.clear(); },
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "forget", [](BoundIndex& self) { self.index.forget(); },
           py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("changes", [](BoundIndex& b) { return b.index.changes(); })
       .def_property_readonly("max_bytes", [](BoundIndex& b) { return b.index.max_bytes(); })

@@ -267,7 +267,8 @@ void bind_decode(py::module_& m) {
            array_arg("lse").none(true) = py::none(), array_arg("rows").none(true) = py::none(),
            array_arg("query_codes").none(true) = py::none())
       .def_property_readonly("counters", [](const BoundDecode& d) { return d.record.counters(); })
-      .def("recent_rows", [](const BoundDecode& d) { return recent_rows(d.record); });
+      .def("recent_rows", [](const BoundDecode& d) { return recent_rows(d.record); })
+      .def("forget_steps", [](BoundDecode& d) { d.record.forget(); });
 }
 
 }  // namespace magicpig

@@ -318,7 +318,8 @@ void bind_streams(py::module_& m) {
       .def("launch_decode", &launch_decode, arg("stream"), arg("step"))
       .def_property_readonly("counters",
                              [](const BoundLayer& b) { return b.layer->record().counters(); })
-      .def("recent_rows", [](const BoundLayer& b) { return recent_rows(b.layer->record()); });
+      .def("recent_rows", [](const BoundLayer& b) { return recent_rows(b.layer->record()); })
+      .def("forget_steps", [](BoundLayer& b) { b.layer->forget_steps(); });
 }
 
 }  // namespace magicpig

@@ -33,6 +33,12 @@ void DecodeRecord::add(const Requests& requests, const int64_t* slots, int num_q
   counters_.step_ns += step_ns;
 }
 
+void DecodeRecord::forget() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  counters_ = {};
+  recent_rows_.clear();
+}
+
 DecodeCounters DecodeRecord::counters() const {
   std::lock_guard<std::mutex> lock(mutex_);
   return counters_;

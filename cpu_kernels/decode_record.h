@@ -10,7 +10,8 @@
 
 namespace magicpig {
 
-/// Since the layer was made; times in nanoseconds, lookup and attend summed over threads.
+/// Since the layer was made, or forgot its steps; times in nanoseconds, lookup and attend summed
+/// over threads.
 struct DecodeCounters {
   uint64_t decode_steps = 0;
   uint64_t sampled_heads = 0;
@@ -33,6 +34,8 @@ class DecodeRecord {
   /// is a dummy, or null where none is. Dummies do not count, nor does a step of nothing else.
   void add(const Requests& requests, const int64_t* slots, int num_q_heads, const SampleRule* rule,
            const DecodeOutput& output, uint64_t store_ns, uint64_t step_ns);
+
+  void forget();
 
   DecodeCounters counters() const;
   /// Rows sampled by the last query heads, in no particular order.

@@ -460,6 +460,13 @@ void LshIndex::clear() {
     while (!map.empty()) dropped.push_back(take_out(map, map.begin()));
 }
 
+void LshIndex::forget() {
+  clear();
+  refused_levels_.store(0, std::memory_order_relaxed);
+  std::lock_guard<std::mutex> lock(mutex_);
+  segments_built_ = segments_dropped_ = builds_refused_ = 0;
+}
+
 size_t LshIndex::num_segments() const {
   std::lock_guard<std::mutex> lock(mutex_);
   size_t segments = 0;

@@ -178,6 +178,8 @@ class Pages {
   void note_writes(const int64_t* slots, size_t num_tokens);
   /// Every block starts a new epoch: for when it is not known which blocks were written.
   void distrust();
+  /// Every block is empty, in a new epoch. Nothing is written meanwhile.
+  void forget();
 
   uint64_t epoch(int block) const { return epochs_[block].load(std::memory_order_acquire); }
   /// Epochs started in all blocks together: unchanged means that nothing went stale.
@@ -340,6 +342,8 @@ class LshIndex {
     return pages_.epochs_started() + changes_.load(std::memory_order_relaxed);
   }
   void clear();
+  /// Like clear(), and the counts below start again.
+  void forget();
 
   size_t max_bytes() const { return max_bytes_; }
   size_t num_segments() const;

@@ -71,6 +71,14 @@ void Pages::distrust() {
   for (int block = 0; block < num_blocks_; ++block) start_epoch(block);
 }
 
+void Pages::forget() {
+  distrust();
+  for (int block = 0; block < num_blocks_; ++block)
+    held_[block].store(0, std::memory_order_relaxed);
+  num_tokens_.store(0, std::memory_order_relaxed);
+  num_used_blocks_.store(0, std::memory_order_relaxed);
+}
+
 void Pages::store_rows(RowsView key, RowsView value, const int64_t* slots, size_t num_tokens,
                        ThreadPool& pool) {
   note_writes(slots, num_tokens);

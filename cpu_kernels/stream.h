@@ -215,6 +215,7 @@ class StreamLayer : public std::enable_shared_from_this<StreamLayer> {
   void launch_decode(void* stream, std::shared_ptr<StreamStep> step);
 
   const DecodeRecord& record() const { return record_; }
+  void forget_steps() { record_.forget(); }
 
  private:
   using Center = std::shared_ptr<const std::vector<float>>;

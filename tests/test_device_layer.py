@@ -22,6 +22,7 @@ from vllm_magicpig.device_layer import DeviceLayer
 from vllm_magicpig.device_step import DeviceStep, make_device_step
 from vllm_magicpig.host_pool import HostPool
 from vllm_magicpig.key_center import KeyCenter
+from vllm_magicpig.projection import Projection
 
 HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, NUM_BLOCKS, MAX_REQS = 4, 2, 64, 128, 64, 8
 SCALE = HEAD_SIZE**-0.5
@@ -53,9 +54,8 @@ class Model:
         torch.manual_seed(0)
         self.device, self.dtype, self.options = device, dtype, options
         shape = LayerShape(HEADS, KV_HEADS, HEAD_SIZE, dtype)
-        self.buffers = DeviceBuffers(
-            device, options, {shape}, max_reqs=MAX_REQS, max_tokens=4096, max_blocks=NUM_BLOCKS
-        )
+        self.buffers = DeviceBuffers(device, options, {shape}, max_reqs=MAX_REQS, max_tokens=4096)
+        self.buffers.make_step_buffers(NUM_BLOCKS)
         token_bytes = content_bytes(HEAD_SIZE, dtype.itemsize, options.code_words)
         layer_bytes = NUM_BLOCKS * KV_HEADS * BLOCK_SIZE * token_bytes
         self.pool = HostPool(device, [layer_bytes] * num_layers, [0], lambda done, total: None)
@@ -308,6 +308,50 @@ def test_warm_up_steps_with_real_slots_freeze_no_centre(device: Any) -> None:
     model.step(b=600)
     assert model.layers[0].index.center.value is not None
     assert worst(model.step(b=1)) < 1e-5
+
+
+def test_the_first_long_prompt_hashes_nothing_but_its_own_blocks(
+    device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where steps of made-up tokens have filled other blocks before."""
+    model = Model(device, num_layers=1)
+    hashed = count_hashed_keys(model, monkeypatch)
+    layer = model.layers[0]
+    model.buffers.warming_up = True
+    model.step(a=700, b=200)
+    model.step(a=1, b=1)
+    model.buffers.warming_up = False
+    model.builder.drain()
+    layer.forget()
+    assert layer.pages.native.num_tokens == 0
+    assert layer.stats().decode_steps == 0
+    hashed.clear()
+    model.step(c=600)
+    assert 600 <= sum(hashed) <= 5 * BLOCK_SIZE
+    assert layer.pages.native.num_tokens == 600
+    hashed.clear()
+    assert worst(model.step(c=1)) < 1e-5
+    assert sum(hashed) == 1
+    assert layer.stats().decode_steps == 1
+
+
+def count_hashed_keys(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each call that hashes keys is given, on the device or on the host."""
+    hashed: list[int] = []
+    on_device, on_host = model.device.kernels.simhash, Projection.hash_keys
+
+    def simhash(vectors: torch.Tensor, planes: Any, words: int, center: Any, codes: Any) -> None:
+        if center is not None:  # queries have none
+            hashed.append(len(vectors))
+        on_device(vectors, planes, words, center, codes)
+
+    def hash_keys(self: Projection, keys: torch.Tensor, *rest: Any) -> Any:
+        hashed.append(len(keys))
+        return on_host(self, keys, *rest)
+
+    monkeypatch.setattr(model.device.kernels, "simhash", simhash)
+    monkeypatch.setattr(Projection, "hash_keys", hash_keys)
+    return hashed
 
 
 def test_what_the_pages_hold_is_counted(device: Any) -> None:

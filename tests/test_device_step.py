@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from fake_device import FakeDevice
@@ -11,9 +13,11 @@ from vllm_magicpig.device_buffers import StepBuffers
 from vllm_magicpig.device_step import DeviceStep, make_device_step
 
 
-def step_of(query_lens: list[int], seq_lens: list[int], prefilling: list[bool]) -> DeviceStep:
+def step_of(
+    query_lens: list[int], seq_lens: list[int], prefilling: list[bool], **changes: Any
+) -> DeviceStep:
     device = FakeDevice()
-    made = metadata(query_lens, seq_lens, prefilling)
+    made = metadata(query_lens, seq_lens, prefilling, **changes)
     made.seq_lens_cpu_upper_bound = made.seq_lens
     made.query_start_loc = made.query_start_loc_cpu
     buffers = StepBuffers(device, max_reqs=8, max_blocks=4, max_tokens=64)
@@ -27,6 +31,17 @@ def test_the_devices_metadata_arrives_in_pinned_memory() -> None:
     assert step.buffers.seq_lens[:3].tolist() == [8, 5, 9]
     assert step.buffers.slots[:7].tolist() == list(range(7))
     assert step.buffers.block_tables[:3].tolist() == torch.arange(12).view(3, 4).tolist()
+
+
+@pytest.mark.parametrize("width", [1, 3, 5, 9])
+def test_vllms_block_tables_may_be_narrower_or_wider_than_ours(width: int) -> None:
+    """The width of its runner, ours is 4. A wider one holds no block past max_model_len."""
+    tables = torch.arange(1, 3 * width + 1, dtype=torch.int32).view(3, width)
+    tables[:, 4:] = 0
+    step = step_of([1, 1, 1], [8, 7, 9], [False] * 3, block_table_tensor=tables)
+    common = min(width, 4)
+    assert step.buffers.block_tables[:3, :common].tolist() == tables[:, :common].tolist()
+    assert not step.buffers.block_tables[:3, common:].any()
 
 
 def test_adjacent_chunks_are_one_span_and_a_decode_between_them_parts_it() -> None:

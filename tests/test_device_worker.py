@@ -3,20 +3,25 @@ at the memory, what it tells vLLM to take, and where errors of host callbacks co
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from fake_device import FakeDevice
+from test_step import metadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
-from vllm_magicpig import device_worker
+from vllm_magicpig import _C, device_worker
 from vllm_magicpig.backend import MagicPigImpl
 from vllm_magicpig.device import Device
 from vllm_magicpig.device_backend import DevicePageBackend
+from vllm_magicpig.device_step import make_device_step
 from vllm_magicpig.device_worker import DevicePagesWorker
+from vllm_magicpig.key_center import KeyCenter
+from vllm_magicpig.stats import PageUse
 
 GIB = 1 << 30
 SPEC = FullAttentionSpec(block_size=128, num_kv_heads=2, head_size=64, dtype=torch.float32)
@@ -27,6 +32,9 @@ def sampled_layer() -> SimpleNamespace:
     impl = MagicPigImpl.__new__(MagicPigImpl)  # its __init__ asks vLLM's current configuration
     impl.num_heads, impl.num_kv_heads, impl.head_size = 4, 2, 64
     impl.kv_cache_dtype, impl.sampled = "auto", None
+    impl.layer_index, impl.scale, impl._segments_reused = 1, 0.125, 0
+    impl.center = KeyCenter("none", 1, 0, 2)
+    impl.center.prepare(64)
     return SimpleNamespace(impl=impl, attn_backend=DevicePageBackend)
 
 
@@ -54,6 +62,7 @@ class VllmWorker:
         )
         self.buffers_when_measured: Any = None
         self.output: Any = None
+        self.warm_up: Any = lambda: None
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
         return {"0": SPEC, "1": SPARSE, "2": SPARSE}
@@ -62,6 +71,10 @@ class VllmWorker:
         self.buffers_when_measured = getattr(self, "_buffers", None)
         return self.device_bytes
 
+    def compile_or_warm_up_model(self) -> str:
+        self.warm_up()
+        return "times"
+
     def sample_tokens(self, grammar_output: Any) -> Any:
         return self.output
 
@@ -69,6 +82,9 @@ class VllmWorker:
 class Worker(DevicePagesWorker, VllmWorker):
     def _make_device(self) -> Device:
         return FakeDevice()
+
+    def _kernel_cpus(self) -> list[int]:
+        return [min(os.sched_getaffinity(0))] * 2
 
 
 DEVICE_BLOCK_BYTES = 128 * 2 * 2 * 64 * 4 + 2 * 128 * 4
@@ -105,6 +121,65 @@ def test_more_than_the_machine_has_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(device_worker, "free_ram_bytes", lambda: GIB)
     with pytest.raises(ValueError, match=r"host_kv_cache_gib is 5\.0, but this machine has 1\.0"):
         Worker({"host_kv_cache_gib": 5}).determine_available_memory()
+
+
+def with_pool(num_blocks: int, max_model_len: int = 4096) -> Worker:
+    """A worker whose sampled layers have their pages; max_model_len: once the cache is sized."""
+    worker = Worker({"K": 4, "L": 20, "exact_below": 100, "host_kv_cache_gib": 0.05})
+    worker.determine_available_memory()
+    worker.vllm_config.model_config.max_model_len = max_model_len
+    worker._isa, worker._pool = _C.resolve_isa("auto"), worker._make_pool()
+    worker._builder = _C.SegmentBuilder(worker._builder_cpus())
+    worker._bind_layers(SimpleNamespace(num_blocks=num_blocks))
+    return worker
+
+
+def run(worker: Worker, query_len: int, seq_len: int, block: int = 1) -> None:
+    """A step of one request whose blocks follow `block`, in all layers."""
+    assert worker._device is not None
+    made = metadata([query_len], [seq_len], [query_len > 1])
+    made.seq_lens_cpu_upper_bound = made.seq_lens
+    made.query_start_loc = made.query_start_loc_cpu
+    made.slot_mapping = torch.arange(seq_len - query_len, seq_len) + 128 * block
+    made.block_table_tensor = torch.arange(block, block + 4, dtype=torch.int32)[None]
+    step = make_device_step(made, worker._device, worker._buffers.step)
+    for _, impl in worker._sampled_layers():
+        query, key, value = (torch.randn(query_len, heads, 64) for heads in (4, 2, 2))
+        impl.forward(None, query, key, value, torch.empty(0), step, torch.empty_like(query))
+
+
+def test_block_tables_are_those_of_the_length_that_vllm_has_settled_on() -> None:
+    """With --max-model-len -1 it comes down to what the cache holds."""
+    assert with_pool(num_blocks=8, max_model_len=900)._buffers.step.block_tables.shape == (4, 8)
+
+
+def test_what_warm_up_stored_and_counted_is_forgotten() -> None:
+    """vLLM's V2 runner warms up with scheduled requests of made-up tokens."""
+    worker = with_pool(num_blocks=8)
+    layers = [impl for _, impl in worker._sampled_layers()]
+
+    def warm_up() -> None:
+        run(worker, 200, 200)
+        run(worker, 1, 201)
+        assert [impl.page_use().tokens for impl in layers] == [201, 201]
+        assert worker._buffers.warming_up
+
+    worker.warm_up = warm_up
+    assert worker.compile_or_warm_up_model() == "times"
+    assert not worker._buffers.warming_up
+    assert [impl.page_use() for impl in layers] == [PageUse(0, 0)] * 2
+    assert [impl.stats().decode_steps for impl in layers] == [0, 0]
+    run(worker, 150, 150, block=4)
+    run(worker, 1, 151, block=4)
+    assert [impl.page_use().tokens for impl in layers] == [151, 151]
+    assert [impl.stats().decode_steps for impl in layers] == [1, 1]
+
+
+def test_an_error_during_warm_up_ends_the_start() -> None:
+    worker = with_pool(num_blocks=4)
+    worker.warm_up = lambda: run(worker, 1, 201, block=5)
+    with pytest.raises(RuntimeError, match="slot"):
+        worker.compile_or_warm_up_model()
 
 
 class Output(AsyncModelRunnerOutput):

@@ -165,6 +165,34 @@ def test_writes_are_noted_from_several_threads() -> None:
     assert pages.num_used_blocks == 33
 
 
+def test_what_is_forgotten_is_neither_counted_nor_trusted() -> None:
+    layer = Layer(3, max_bytes=1 << 20)
+    tables, lens = np.array([[0, 1]], np.int32), np.array([64], np.int32)
+    rows, codes = torch.zeros(1, 64, 16), torch.zeros(1, 64, 8, dtype=torch.int32)
+
+    def fill() -> None:
+        layer.store_rows([0, 1], 0, rows, rows)
+        layer.store_codes([0, 1], 0, codes)
+        assert layer.index.seal(tables, lens, pool()) == 1
+        assert layer.index.find(tables[0], 64) == [(0, 64)]
+
+    fill()
+    layer.pages.forget()
+    assert (layer.pages.num_tokens, layer.pages.num_used_blocks) == (0, 0)
+    assert layer.pages.written_blocks().size == 0
+    assert [layer.pages.epoch(block) for block in range(3)] == [2, 2, 1]
+    assert layer.index.find(tables[0], 64) == []
+
+    fill()  # where the stale one is dropped
+    assert (layer.index.segments_built, layer.index.segments_dropped) == (2, 1)
+    layer.index.forget()
+    assert (layer.index.num_segments, layer.index.num_bytes) == (0, 0)
+    assert (layer.index.segments_built, layer.index.segments_dropped) == (0, 0)
+    assert layer.index.find(tables[0], 64) == []
+    assert layer.index.seal(tables, lens, pool()) == 1, "the codes are still there"
+    assert layer.pages.num_tokens == 64
+
+
 def test_nothing_is_a_valid_amount() -> None:
     layer = Layer(num_blocks=1)
     none = np.zeros(0, np.int64)

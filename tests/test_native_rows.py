@@ -147,6 +147,9 @@ def test_a_batch_is_a_copy_and_serves_many_calls() -> None:
         layer.attend(batch.query, native, out)
         assert torch.equal(out, batch.expected(isa))
         assert layer.counters.decode_steps == calls
+    layer.forget_steps()
+    assert layer.counters.decode_steps == 0
+    assert layer.recent_rows().size == 0
 
 
 @pytest.mark.parametrize("num_threads", [2, 5])

@@ -227,6 +227,13 @@ def test_counters(driver: FakeDriver) -> None:
     assert counters.attend_ns > 0
     assert 0 < counters.store_ns < counters.step_ns
 
+    world.layers[0].native.forget_steps()
+    assert world.layers[0].native.recent_rows().size == 0
+    world.step(requests)
+    world.check()
+    assert world.layers[0].native.counters.decode_steps == 1
+    assert world.layers[0].native.recent_rows().size == 2 * heads
+
 
 def test_the_last_16384_query_heads_are_remembered(driver: FakeDriver) -> None:
     world = World(driver, num_kv_heads=4, group=64, num_blocks=60, num_tables=2)

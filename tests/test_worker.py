@@ -12,7 +12,13 @@ import pytest
 import torch
 from native_helpers import Layer
 
+from vllm_magicpig.backend import MagicPigImpl
+from vllm_magicpig.capacity import content_bytes
+from vllm_magicpig.config import parse_options
+from vllm_magicpig.host_layer import HostLayer
+from vllm_magicpig.key_center import KeyCenter
 from vllm_magicpig.published_stats import read_ranks
+from vllm_magicpig.step import Chunk, Step
 from vllm_magicpig.worker import PUBLISH_INTERVAL_S, MagicPigWorker
 
 CPUS = sorted(os.sched_getaffinity(0))
@@ -32,6 +38,13 @@ class VllmWorker:
         self.threads_at_shutdown: set[str] | None = None
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
+        pass
+
+    def compile_or_warm_up_model(self) -> str:
+        self.warm_up()
+        return "times"
+
+    def warm_up(self) -> None:
         pass
 
     def execute_model(self, scheduler_output: Any) -> str:
@@ -93,6 +106,63 @@ def test_the_builder_is_there_for_the_layers_and_ends_before_the_pages_go() -> N
     builder.ask(layer.index, tables, lens)
     builder.drain()
     assert (builder.pending, layer.index.segments_built) == (0, built)
+
+
+def host_layer(worker: Worker, options: dict[str, Any]) -> MagicPigImpl:
+    """A sampled layer of the CPU platform with 2 kv heads of size 16 and 8 blocks of 128."""
+    impl = MagicPigImpl.__new__(MagicPigImpl)  # its __init__ asks vLLM's current configuration
+    impl.options, impl.layer_index, impl._segments_reused = parse_options(options), 1, 0
+    impl.center = KeyCenter("none", 1, 0, 2)
+    impl.center.prepare(16)
+    elements = content_bytes(16, 4, impl.options.code_words) // 4
+    kv_cache = torch.zeros(8, 2, 128, elements)
+    layer = HostLayer(
+        impl.options, 1, kv_cache, 16, 0.25, impl.center, worker._isa, worker._pool,
+        worker._builder, 0,
+    )  # fmt: skip
+    impl.bind(layer)
+    worker.vllm_config.compilation_config.static_forward_context["1"] = SimpleNamespace(impl=impl)
+    return impl
+
+
+def test_what_warm_up_stored_and_counted_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"magicpig": {"K": 4, "L": 20, "exact_below": 100}}
+    worker = Worker(options["magicpig"])
+    worker._num_dense_layers = lambda: 0  # type: ignore[method-assign]
+    worker.initialize_from_config(None)
+    impl = host_layer(worker, options)
+    table = np.arange(8, dtype=np.int32)[None]
+    lives = []
+
+    def run(num_tokens: int) -> None:
+        """A prompt and a decode step."""
+        for n, length in ((num_tokens, num_tokens), (1, num_tokens + 1)):
+            slots = np.arange(length - n, length)
+            chunks = (Chunk(0, 0, n, 0),) if n > 1 else ()
+            decode = np.arange(1 if n == 1 else 0)
+            step = Step(n, np.array([length], np.int32), chunks, decode, decode, slots, table)
+            query, key, value = (torch.randn(n, heads, 16) for heads in (4, 2, 2))
+            impl.forward(None, query, key, value, torch.empty(0), step, torch.empty_like(query))
+        impl.count_reuse([0], 128)
+
+    def warm_up() -> None:
+        run(1020)  # segments of it are queued when vLLM's warm-up ends
+        lives.append(worker.magicpig_stats())
+
+    monkeypatch.setattr(worker, "warm_up", warm_up)
+    assert worker.compile_or_warm_up_model() == "times"
+    assert (lives[0]["page_tokens"], lives[0]["decode_steps"]) == (1021, 1)
+    forgotten = worker.magicpig_stats()
+    counts = (
+        "page_tokens", "page_bytes", "index_bytes", "segments", "segments_built",
+        "segments_reused", "decode_steps", "sampled_heads", "sampled_rows", "middle_rows",
+    )  # fmt: skip
+    assert {name: forgotten[name] for name in counts} == dict.fromkeys(counts, 0)
+    assert read_ranks(INSTANCE)[0].stats["page_tokens"] == 0
+    run(300)
+    assert worker.magicpig_stats()["page_tokens"] == 301
+    assert worker.magicpig_stats()["decode_steps"] == 1
+    worker.shutdown()
 
 
 def test_an_error_of_the_builder_is_a_later_steps_exception(

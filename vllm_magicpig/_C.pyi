@@ -87,6 +87,8 @@ class Pages:
         new epoch; a block fills from its start, so that after a write at offset o it holds o + 1
         tokens. Safe to call from several threads at once.
         """
+    def forget(self) -> None:
+        """Every block is empty, in a new epoch; nothing may be writing meanwhile."""
     def epoch(self, block: int) -> int: ...
     def written_blocks(self) -> npt.NDArray[np.int32]:
         """Blocks that hold tokens, ascending. A freed block counts until its next owner's writes."""
@@ -195,6 +197,8 @@ class LshIndex:
     def find(self, block_table: npt.NDArray[np.int32], num_tokens: int) -> list[tuple[int, int]]:
         """Token ranges (begin, end) of the segments that serve a request; block_table: int32 [n]."""
     def clear(self) -> None: ...
+    def forget(self) -> None:
+        """`clear`, and the counts of built, dropped and refused segments start again."""
     @property
     def changes(self) -> int:
         """Changes when requests may lack other segments than before, or segments are stale; a
@@ -316,6 +320,8 @@ class DecodeLayer:
     def counters(self) -> DecodeCounters: ...
     def recent_rows(self) -> npt.NDArray[np.int32]:
         """Rows sampled by the last query heads, at most 16,384, in no particular order."""
+    def forget_steps(self) -> None:
+        """The counters and the recent rows start again."""
 
 # ------------------------------------------------------------------------ decode in stream order
 
@@ -466,3 +472,5 @@ class StreamLayer:
     def counters(self) -> DecodeCounters: ...
     def recent_rows(self) -> npt.NDArray[np.int32]:
         """Rows sampled by the last query heads, at most 16,384, in no particular order."""
+    def forget_steps(self) -> None:
+        """The counters and the recent rows start again."""

@@ -139,6 +139,9 @@ class SampledLayer(Protocol):
         step: Any,
     ) -> None: ...
 
+    def forget(self) -> None:
+        """All tokens stored and steps counted so far; no step and no builder is at work."""
+
     def stats(self) -> LayerStats: ...
 
 
@@ -244,6 +247,12 @@ class MagicPigImpl(AttentionImpl[Any]):
             return output.zero_()
         self.sampled.forward(query, key, value, output, attn_metadata)
         return output
+
+    def forget(self) -> None:
+        """Pages, index and counters are as after `bind`; the key centre stays."""
+        self._segments_reused = 0
+        if self.sampled is not None:
+            self.sampled.forget()
 
     def stats(self) -> LayerStats:
         """Counters since the start; zeros before `bind`."""

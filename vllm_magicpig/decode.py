@@ -46,5 +46,8 @@ class DecodeKernel:
             self._center = None
         self._native.attend(query, step.decode_batch(self._pages), out)
 
+    def forget_steps(self) -> None:
+        self._native.forget_steps()
+
     def stats(self) -> LayerStats:
         return LayerStats.from_counters(self._native.counters, self._native.recent_rows())

@@ -1,4 +1,5 @@
-"""Memory that all sampled layers of a device share, allocated once and before vLLM sizes its cache.
+"""Memory that all sampled layers of a device share, allocated once. What lies on the device is there
+before vLLM sizes its cache.
 
 Every layer joins its streams to the main one before it ends, and layers follow one another on the
 main stream, so one set serves them all.
@@ -101,13 +102,17 @@ class DeviceBuffers:
         *,
         max_reqs: int,
         max_tokens: int,
-        max_blocks: int,
     ) -> None:
-        """max_reqs, max_tokens: of an engine step; max_blocks: of a request."""
+        """max_reqs, max_tokens: of an engine step."""
         # Steps of made-up tokens, through blocks of made-up requests, must freeze no key centre.
         self.warming_up = False
-        self.step = StepBuffers(device, max_reqs, max_blocks, max_tokens)
+        self._device, self._max_reqs, self._max_tokens = device, max_reqs, max_tokens
         self.decode = {s: DecodeBuffers(device, s, options, max_reqs) for s in shapes}
         self.prefill = {s: PrefillBuffers(device, s, options, max_tokens) for s in shapes}
         self.store_stream = device.new_stream()
         self.decode_stream = device.new_stream()
+
+    def make_step_buffers(self, max_blocks: int) -> None:
+        """`step`, all of it host memory, once vLLM's max_model_len is final: with --max-model-len -1
+        that is after the cache is sized. max_blocks: of a request."""
+        self.step = StepBuffers(self._device, self._max_reqs, max_blocks, self._max_tokens)

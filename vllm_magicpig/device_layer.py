@@ -314,6 +314,12 @@ class DeviceLayer:
         self._native.set_center(center.numpy())
         self._center = center.to(self.device.torch_device)
 
+    def forget(self) -> None:
+        self.pages.native.forget()
+        if self.index is not None:
+            self.index.forget()
+        self._native.forget_steps()
+
     def stats(self) -> LayerStats:
         return LayerStats.from_counters(self._native.counters, self._native.recent_rows())
 

@@ -118,13 +118,14 @@ class DevicePagesWorker(MagicPigWorker):
             {self._shape(impl) for _, impl in self._sampled_layers()},
             max_reqs=scheduler.max_num_seqs,
             max_tokens=scheduler.max_num_batched_tokens,
-            max_blocks=-(-self.vllm_config.model_config.max_model_len // self._block_size),
         )
 
     def _bind_layers(self, kv_cache_config: Any) -> None:
         assert self._device is not None, "vLLM sizes its cache before it allocates it"
         layers = [(impl, self._shape(impl)) for _, impl in self._sampled_layers()]
         num_blocks, block_size = kv_cache_config.num_blocks, self._block_size
+        max_model_len = self.vllm_config.model_config.max_model_len
+        self._buffers.make_step_buffers(-(-max_model_len // block_size))
         options, cpus = self._options, self._kernel_cpus()
         sizes = [
             num_blocks * shape.num_kv_heads * block_size * _token_bytes(shape, options.code_words)
@@ -173,11 +174,15 @@ class DevicePagesWorker(MagicPigWorker):
         for layer in warmed.values():
             assert isinstance(layer, DeviceLayer)
             layer.warm_up()
-        result = super().compile_or_warm_up_model()  # type: ignore[misc]
-        assert self._device is not None
-        self._device.synchronize()
+        result = super().compile_or_warm_up_model()
         self._buffers.warming_up = False
         return result
+
+    def _forget_warm_up(self) -> None:
+        assert self._device is not None
+        self._device.synchronize()
+        self._raise_error()
+        super()._forget_warm_up()
 
     # ------------------------------------------------------------------------------------- steps
 

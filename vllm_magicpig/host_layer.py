@@ -64,5 +64,11 @@ class HostLayer:
         if step.decode_rows.size:
             self._kernel.attend(query, output, step)
 
+    def forget(self) -> None:
+        self.pages.native.forget()
+        if self.index is not None:
+            self.index.forget()
+        self._kernel.forget_steps()
+
     def stats(self) -> LayerStats:
         return self._kernel.stats()

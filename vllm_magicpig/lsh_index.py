@@ -59,6 +59,12 @@ class LshIndex:
         if self.native.changes != self._asked_at:
             self._ask(step, self.native, self.builder)
 
+    def forget(self) -> None:
+        """Drops all segments, and the counts of them; the centre stays. No builder is at work."""
+        self._asked_at = None
+        if self.native is not None:
+            self.native.forget()
+
     @property
     def pages(self) -> _C.Pages:
         return self._pages.native

@@ -56,6 +56,20 @@ class MagicPigWorker:
             self._options,
         )
 
+    def compile_or_warm_up_model(self) -> Any:
+        result = super().compile_or_warm_up_model()  # type: ignore[misc]
+        self._forget_warm_up()
+        return result
+
+    def _forget_warm_up(self) -> None:
+        """Made-up requests have written to blocks that no request holds: nothing may hash or count
+        them. No step is in flight."""
+        if self._builder is not None:
+            self._builder.drain()
+        for _, impl in self._sampled_layers():
+            impl.forget()
+        self._publish()
+
     def execute_model(self, scheduler_output: Any) -> Any:
         self._count_reuse(scheduler_output)
         result = super().execute_model(scheduler_output)  # type: ignore[misc]

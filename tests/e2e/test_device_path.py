@@ -14,7 +14,7 @@ import recall_model
 from engines import engine, generate, greedy
 from fake_device_worker import ON_FAKE_DEVICE
 from parity import SERVE, prompts, tokens
-from random_models import write_random_model
+from random_models import MAX_LEN, write_random_model
 from serving import VllmServer
 from vllm import LLM
 
@@ -23,15 +23,20 @@ from vllm_magicpig import device_step
 EXACT: dict[str, Any] = {"K": 0, "dense_layers": [0], "host_kv_cache_gib": 1}
 
 
-def test_the_host_budget_limits_the_blocks(tmp_path: Path) -> None:
+def test_the_host_budget_limits_the_blocks_and_the_length_that_vllm_chooses(
+    tmp_path: Path,
+) -> None:
+    """With --max-model-len -1 vLLM shortens the model's own length, once it knows its cache."""
     model = write_random_model("llama", tmp_path / "llama")
-    serve = SERVE | {"dtype": "float32"}
+    serve = SERVE | {"dtype": "float32", "max_model_len": -1}
     del serve["num_gpu_blocks_override"]
-    gib = 0.05
+    gib = 0.01
     with engine(
         model, "magicpig", EXACT | {"host_kv_cache_gib": gib}, **serve, **ON_FAKE_DEVICE
     ) as llm:
         num_blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+        length = llm.llm_engine.vllm_config.model_config.max_model_len
+        assert length <= num_blocks * SERVE["block_size"] < MAX_LEN
         # Two sampled layers, two kv heads, K and V of 64 floats.
         block_bytes = 2 * 2 * SERVE["block_size"] * 2 * 64 * 4
         assert num_blocks == int(gib * 2**30) // block_bytes
