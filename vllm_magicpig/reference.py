@@ -56,7 +56,7 @@ def hyperplanes(head_size: int, num_tables: int, num_bits: int, seed: int) -> to
     """
     signs = hadamard_signs(head_size, num_tables, num_bits, seed).double()
     size = signs.shape[1]
-    h = _hadamard(size)
+    h = hadamard(size)
     rotation = (h * signs[2]) @ (h * signs[1]) @ (h * signs[0]) / size
     blocks = torch.stack([(h * d) @ rotation for d in signs[3:]])[..., :head_size]
     table = torch.arange(num_tables)[:, None]
@@ -67,7 +67,7 @@ def hyperplanes(head_size: int, num_tables: int, num_bits: int, seed: int) -> to
     return blocks[block, row.expand_as(block)].flatten(0, 1).T.float().contiguous()
 
 
-def _hadamard(size: int) -> torch.Tensor:
+def hadamard(size: int) -> torch.Tensor:
     """Sylvester's matrix, float64 [size, size]; size a power of two."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
@@ -135,13 +135,13 @@ def tie_phase(seed: int, num_tokens: int, query_head: int, words: list[int]) -> 
 
     words: the query's codes as the pages hold them, by which requests are told apart.
     """
-    state = _split_mix(seed)
+    state = split_mix(seed)
     for value in (num_tokens, query_head, *words):
-        state = _split_mix(state ^ value)
+        state = split_mix(state ^ value)
     return state
 
 
-def _split_mix(x: int) -> int:
+def split_mix(x: int) -> int:
     """splitmix64 (Steele, Lea and Flood, OOPSLA 2014)."""
     mask = (1 << 64) - 1
     x = (x + 0x9E3779B97F4A7C15) & mask
