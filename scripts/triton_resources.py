@@ -1,8 +1,9 @@
 """Compiles the Triton kernels for NVIDIA GPUs, without one, and prints what each needs.
 
 For every kernel that serving launches: registers per thread, bytes spilled (a kernel's stack holds
-nothing else), shared memory per program, and the tensor core instruction. Exits with 1 when
-a kernel spills or needs more shared memory than a program may have. Uses the launchers' own
+nothing else), shared memory per program, how many bytes a thread moves at once where it moves most,
+and the tensor core instruction. Exits with 1 when a kernel spills, needs more shared memory than a
+program may have, or moves rows by fewer than 16 bytes. Uses the launchers' own
 arguments, and Triton's compile cache.
 """
 
@@ -41,12 +42,13 @@ class Resources:
     registers: int
     spilled_bytes: int
     shared_bytes: int
+    access_bytes: int
     tensor_cores: str
 
     @property
     def fits(self) -> bool:
         limit = MAX_SHARED_BYTES.get(self.arch, MAX_SHARED_BYTES[80])
-        return self.spilled_bytes == 0 and self.shared_bytes <= limit
+        return self.spilled_bytes == 0 and self.shared_bytes <= limit and self.access_bytes == 16
 
 
 class _Offline:
@@ -114,6 +116,7 @@ def compile_for(arch: int, variant: str, launch: Launch) -> Resources:
     if found is None:
         raise RuntimeError(f"cuobjdump's output has no resource usage: {usage!r}")
     registers, stack_bytes, local_bytes = map(int, found.groups())
+    widths = re.findall(r"(?:ld|st)\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
     instructions = re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", compiled.asm["ptx"])
     return Resources(
         kernel=launch.kernel.__name__.strip("_"),
@@ -122,6 +125,7 @@ def compile_for(arch: int, variant: str, launch: Launch) -> Resources:
         registers=registers,
         spilled_bytes=stack_bytes + local_bytes,
         shared_bytes=compiled.metadata.shared,
+        access_bytes=max(int(lanes or 1) * int(bits) // 8 for lanes, bits in widths),
         tensor_cores=instructions[0] if instructions else "-",
     )
 
@@ -136,8 +140,10 @@ def main() -> int:
     arguments = parser.parse_args()
     everything_fits = True
     if not arguments.json:
-        print(f"| {'kernel':19} | {'variant':40} | arch | registers | spilled | shared | MMA |")
-        print("|---|---|---|---|---|---|---|")
+        print(
+            f"| {'kernel':19} | {'variant':40} | arch | registers | spilled | shared | access | MMA |"
+        )
+        print("|---|---|---|---|---|---|---|---|")
     for dtype in arguments.dtype:
         for head_size in arguments.head_size:
             for variant, launch in variants(getattr(torch, dtype), head_size, arguments.kv_heads):
@@ -151,7 +157,7 @@ def main() -> int:
 def _line(row: Resources) -> str:
     return (
         f"| {row.kernel:19} | {row.variant:40} | {row.arch:4} | {row.registers:9} | "
-        f"{row.spilled_bytes:7} | {row.shared_bytes:6} | {row.tensor_cores} |"
+        f"{row.spilled_bytes:7} | {row.shared_bytes:6} | {row.access_bytes:6} | {row.tensor_cores} |"
     )
 
 

@@ -68,7 +68,7 @@ class Model:
             self.layers.append(
                 DeviceLayer(
                     options, i, shape, SCALE, region, center, device, self.buffers, isa, threads,
-                    None if options.is_exact else self.builder, 0,
+                    self.builder if options.has_buckets else None, 0,
                 )
             )  # fmt: skip
         self.blocks: dict[str, list[int]] = {}

@@ -29,7 +29,7 @@ def test_kernels_compile_to_machine_code_and_nothing_spills(options: str, num_ro
     assert len(rows) == num_rows, result.stderr
     spills = [row for row in rows if row["spilled_bytes"]]
     assert not spills
-    assert result.returncode == 0, f"more shared memory than a program may have: {rows}"
+    assert result.returncode == 0, f"too much shared memory, or rows moved in small parts: {rows}"
     for row in rows:
         assert 16 < row["registers"] <= 255
         assert (row["tensor_cores"] != "-") == (row["kernel"] == "simhash_kernel")

@@ -53,6 +53,8 @@ def gather_arguments() -> dict[str, object]:
         ("key", torch.zeros(3, 2, 16, dtype=torch.int32), "key is torch.int32"),
         ("key", torch.zeros(3, 2, 12), "key has shape"),
         ("key", torch.zeros(3, 16, 2).mT, "contiguously"),
+        ("key", torch.zeros(3, 2, 20)[:, :, :16], "multiples of 8 elements apart"),
+        ("value", torch.zeros(97)[1:].view(3, 2, 16), "aligned to 16 bytes"),
         ("value", torch.zeros(3, 1, 16), "must be like key"),
         ("value", torch.zeros(3, 2, 16, dtype=torch.bfloat16), "must be like key"),
         ("codes", torch.zeros(3, 2, 5, dtype=torch.int16), "codes is torch.int16"),

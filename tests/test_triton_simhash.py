@@ -9,6 +9,7 @@ import torch
 from triton_helpers import run_cases
 
 from vllm_magicpig import reference
+from vllm_magicpig.triton_kernels.launch import require_rows, row_strides
 from vllm_magicpig.triton_kernels.simhash import (
     pack_directions,
     sign_margin,
@@ -96,6 +97,9 @@ def arguments() -> dict[str, object]:
         ("vectors", torch.zeros(3, 2, 20), "multiple of 8"),
         ("vectors", torch.zeros(3, 2, 264), "16 to 256"),
         ("vectors", torch.zeros(3, 2, 32)[:, :, ::2], "contiguous"),
+        ("vectors", torch.zeros(3, 2, 20)[:, :, :16], "multiples of 8 elements apart"),
+        ("vectors", torch.zeros(3, 36)[:, :32].view(3, 2, 16), "multiples of 8 elements apart"),
+        ("vectors", torch.zeros(97)[1:].view(3, 2, 16), "aligned to 16 bytes"),
         ("vectors", torch.zeros(3, 2, 24), "planes is torch.float16"),
         ("planes", torch.zeros(2, 4, 16, 32), "planes is torch.float32"),
         ("planes", torch.zeros(2, 17, 16, 32, dtype=torch.float16), "K from 1 to 16"),
@@ -112,6 +116,14 @@ def arguments() -> dict[str, object]:
 def test_wrong_arguments_are_refused(function, name: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         function(**{**arguments(), name: value})
+
+
+def test_the_stride_of_one_token_or_one_head_means_nothing() -> None:
+    """PyTorch leaves it to chance."""
+    one = torch.as_strided(torch.zeros(64), (1, 1, 16), (1, 3, 1))
+    require_rows("vectors", one)
+    assert row_strides(one) == (0, 0)
+    assert row_strides(torch.zeros(3, 6, 32)[:, ::2, :16]) == (24, 8)
 
 
 @pytest.mark.parametrize(

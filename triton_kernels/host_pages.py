@@ -10,7 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_magicpig.triton_kernels.launch import Launch, require, require_rows
+from vllm_magicpig.triton_kernels.launch import (
+    STRIDE_UNIT,
+    Launch,
+    require,
+    require_rows,
+    row_strides,
+)
 
 DEFAULT_PROGRAMS = 32
 """Programs of a launch, each looping over its share, so that the other SMs compute meanwhile.
@@ -123,6 +129,8 @@ def store_pages_launch(
     _check_store(key, value, codes, slots, pages, block_size)
     num_tokens, num_kv_heads, head_size = key.shape
     num_units = triton.cdiv(num_tokens, _TILE_TOKENS.value) * num_kv_heads
+    key_token_stride, key_head_stride = row_strides(key)
+    value_token_stride, value_head_stride = row_strides(value)
     return Launch(
         _store_pages_kernel,
         (min(num_programs, num_units),),
@@ -134,15 +142,16 @@ def store_pages_launch(
             "pages_ptr": pages,
             "num_tokens": num_tokens,
             "num_kv_heads": num_kv_heads,
-            "key_token_stride": key.stride(0),
-            "key_head_stride": key.stride(1),
-            "value_token_stride": value.stride(0),
-            "value_head_stride": value.stride(1),
+            "key_token_stride": key_token_stride,
+            "key_head_stride": key_head_stride,
+            "value_token_stride": value_token_stride,
+            "value_head_stride": value_head_stride,
             "chunk_elements": pages.shape[2],
             "BLOCK_SIZE": block_size,
             "HEAD_SIZE": head_size,
             "BLOCK_DIMS": triton.next_power_of_2(head_size),
             "NUM_TABLES": 0 if codes is None else codes.shape[2],
+            "UNIT": STRIDE_UNIT,
             "num_warps": 4,
         },
     )
@@ -163,6 +172,8 @@ def gather_pages_launch(
     _, num_kv_heads, head_size = keys_out.shape
     first_tile = start // _TILE_TOKENS.value
     num_tiles = triton.cdiv(stop, _TILE_TOKENS.value) - first_tile
+    key_token_stride, key_head_stride = row_strides(keys_out)
+    value_token_stride, value_head_stride = row_strides(values_out)
     return Launch(
         _gather_pages_kernel,
         (min(num_programs, num_tiles * num_kv_heads),),
@@ -174,20 +185,27 @@ def gather_pages_launch(
             "start": start,
             "stop": stop,
             "num_kv_heads": num_kv_heads,
-            "key_token_stride": keys_out.stride(0),
-            "key_head_stride": keys_out.stride(1),
-            "value_token_stride": values_out.stride(0),
-            "value_head_stride": values_out.stride(1),
+            "key_token_stride": key_token_stride,
+            "key_head_stride": key_head_stride,
+            "value_token_stride": value_token_stride,
+            "value_head_stride": value_head_stride,
             "chunk_elements": pages.shape[2],
             "BLOCK_SIZE": block_size,
             "HEAD_SIZE": head_size,
             "BLOCK_DIMS": triton.next_power_of_2(head_size),
+            "UNIT": STRIDE_UNIT,
             "num_warps": 4,
         },
     )
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+_ROW_STRIDES = ["key_token_stride", "key_head_stride", "value_token_stride", "value_head_stride"]
+
+
+@triton.jit(
+    do_not_specialize=["num_tokens", *_ROW_STRIDES],
+    do_not_specialize_on_alignment=["slots_ptr"],
+)
 def _store_pages_kernel(
     key_ptr,
     value_ptr,
@@ -205,6 +223,7 @@ def _store_pages_kernel(
     HEAD_SIZE: tl.constexpr,
     BLOCK_DIMS: tl.constexpr,
     NUM_TABLES: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """One unit of work: 32 tokens of the batch and one kv head."""
     CODES_PER_ELEMENT: tl.constexpr = pages_ptr.dtype.element_ty.primitive_bitwidth // 16
@@ -221,8 +240,9 @@ def _store_pages_kernel(
 
         in_rows = written[:, None] & (dims < HEAD_SIZE)[None, :]
         wide = tokens.to(tl.int64)
-        key = key_ptr + (wide * key_token_stride + head * key_head_stride)[:, None] + dims[None, :]
-        value_rows = wide * value_token_stride + head * value_head_stride
+        key_rows = (wide * key_token_stride + head * key_head_stride) * UNIT
+        value_rows = (wide * value_token_stride + head * value_head_stride) * UNIT
+        key = key_ptr + key_rows[:, None] + dims[None, :]
         value = value_ptr + value_rows[:, None] + dims[None, :]
         row = pages_ptr + (chunks + offsets * (2 * HEAD_SIZE))[:, None] + dims[None, :]
         k = tl.load(key, mask=in_rows)
@@ -245,7 +265,10 @@ def _store_pages_kernel(
                 tl.store(target, tl.load(source, mask=in_codes), mask=in_codes)
 
 
-@triton.jit(do_not_specialize=["start", "stop"])
+@triton.jit(
+    do_not_specialize=["start", "stop", *_ROW_STRIDES],
+    do_not_specialize_on_alignment=["block_table_ptr"],
+)
 def _gather_pages_kernel(
     pages_ptr,
     block_table_ptr,
@@ -262,6 +285,7 @@ def _gather_pages_kernel(
     BLOCK_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_DIMS: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """One unit of work: 32 consecutive rows of one block and kv head."""
     dims = tl.arange(0, BLOCK_DIMS)
@@ -282,8 +306,8 @@ def _gather_pages_kernel(
         v = tl.load(row + HEAD_SIZE + dims[None, :], mask=in_rows)
 
         out = (positions - start).to(tl.int64)
-        key_rows = out * key_token_stride + head * key_head_stride
-        value_rows = out * value_token_stride + head * value_head_stride
+        key_rows = (out * key_token_stride + head * key_head_stride) * UNIT
+        value_rows = (out * value_token_stride + head * value_head_stride) * UNIT
         tl.store(keys_ptr + key_rows[:, None] + dims[None, :], k, mask=in_rows)
         tl.store(values_ptr + value_rows[:, None] + dims[None, :], v, mask=in_rows)
 

@@ -7,7 +7,12 @@ import triton
 import triton.language as tl
 
 from vllm_magicpig import flash
-from vllm_magicpig.triton_kernels.launch import Launch, require_rows
+from vllm_magicpig.triton_kernels.launch import (
+    STRIDE_UNIT,
+    Launch,
+    require_rows,
+    row_strides,
+)
 
 _ROWS_PER_PROGRAM = 8
 """Rows of (token, head): 8 KB of float32 at head size 128 for each of two tensors."""
@@ -37,6 +42,8 @@ def merge_into_launch(
     """What `merge_into` launches."""
     _check(out, lse, part, part_lse)
     num_tokens, num_heads, head_size = out.shape
+    out_token_stride, out_head_stride = row_strides(out)
+    part_token_stride, part_head_stride = row_strides(part)
     return Launch(
         _merge_kernel,
         (triton.cdiv(num_tokens * num_heads, _ROWS_PER_PROGRAM),),
@@ -47,21 +54,33 @@ def merge_into_launch(
             "part_lse_ptr": part_lse,
             "num_rows": num_tokens * num_heads,
             "num_heads": num_heads,
-            "out_token_stride": out.stride(0),
-            "out_head_stride": out.stride(1),
-            "part_token_stride": part.stride(0),
-            "part_head_stride": part.stride(1),
+            "out_token_stride": out_token_stride,
+            "out_head_stride": out_head_stride,
+            "part_token_stride": part_token_stride,
+            "part_head_stride": part_head_stride,
             "lse_head_stride": lse.stride(0),
             "part_lse_head_stride": part_lse.stride(0),
             "HEAD_SIZE": head_size,
             "BLOCK_DIMS": triton.next_power_of_2(head_size),
             "BLOCK_ROWS": _ROWS_PER_PROGRAM,
+            "UNIT": STRIDE_UNIT,
             "num_warps": 4,
         },
     )
 
 
-@triton.jit(do_not_specialize=["num_rows", "lse_head_stride", "part_lse_head_stride"])
+@triton.jit(
+    do_not_specialize=[
+        "num_rows",
+        "out_token_stride",
+        "out_head_stride",
+        "part_token_stride",
+        "part_head_stride",
+        "lse_head_stride",
+        "part_lse_head_stride",
+    ],
+    do_not_specialize_on_alignment=["lse_ptr", "part_lse_ptr"],
+)
 def _merge_kernel(
     out_ptr,
     lse_ptr,
@@ -78,6 +97,7 @@ def _merge_kernel(
     HEAD_SIZE: tl.constexpr,
     BLOCK_DIMS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     dims = tl.arange(0, BLOCK_DIMS)
@@ -98,8 +118,10 @@ def _merge_kernel(
     tl.store(lse_at, high + tl.log(total), mask=valid)
 
     mask = valid[:, None] & (dims < HEAD_SIZE)[None, :]
-    out_at = out_ptr + (tokens * out_token_stride + heads * out_head_stride)[:, None] + dims
-    part_at = part_ptr + (tokens * part_token_stride + heads * part_head_stride)[:, None] + dims
+    out_rows = (tokens * out_token_stride + heads * out_head_stride) * UNIT
+    part_rows = (tokens * part_token_stride + heads * part_head_stride) * UNIT
+    out_at = out_ptr + out_rows[:, None] + dims
+    part_at = part_ptr + part_rows[:, None] + dims
     out = tl.load(out_at, mask=mask, other=0.0)
     part = tl.load(part_at, mask=mask, other=0.0).to(tl.float32)
     merged = out * (weight * scale)[:, None] + part * (part_weight * scale)[:, None]

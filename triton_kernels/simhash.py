@@ -20,7 +20,13 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_magicpig.triton_kernels.launch import Launch, require, require_rows
+from vllm_magicpig.triton_kernels.launch import (
+    STRIDE_UNIT,
+    Launch,
+    require,
+    require_rows,
+    row_strides,
+)
 
 _TABLES_PER_TILE = 32
 """Divides the padded L. A larger tile would multiply by more padding: L = 150 fills 94 % of 5."""
@@ -135,6 +141,7 @@ def simhash_launch(
     _, num_bits, _, num_padded_tables = planes.shape
     num_rows = num_tokens * num_heads
     tiling = _tiling(num_rows, head_size, vectors.element_size())
+    token_stride, head_stride = row_strides(vectors)
     return Launch(
         _simhash_kernel,
         (triton.cdiv(num_rows, tiling.rows), num_padded_tables // tiling.tables),
@@ -145,8 +152,8 @@ def simhash_launch(
             "codes_ptr": codes,
             "num_rows": num_rows,
             "num_heads": num_heads,
-            "token_stride": vectors.stride(0),
-            "head_stride": vectors.stride(1),
+            "token_stride": token_stride,
+            "head_stride": head_stride,
             "HEAD_SIZE": head_size,
             "NUM_BITS": num_bits,
             "NUM_TABLES": num_tables,
@@ -155,6 +162,7 @@ def simhash_launch(
             "BLOCK_DIMS": triton.next_power_of_2(head_size),
             "BLOCK_TABLES": tiling.tables,
             "STAGES": tiling.num_stages,
+            "UNIT": STRIDE_UNIT,
             "num_warps": tiling.num_warps,
         },
     )
@@ -188,7 +196,7 @@ def sign_margin(
     return relative * (x @ r) + 2**-38 * floor
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "token_stride", "head_stride"])
 def _simhash_kernel(
     vectors_ptr,
     planes_ptr,
@@ -206,6 +214,7 @@ def _simhash_kernel(
     BLOCK_DIMS: tl.constexpr,
     BLOCK_TABLES: tl.constexpr,
     STAGES: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """Codes of BLOCK_ROWS vectors in BLOCK_TABLES tables; a row is one (token, head)."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -215,7 +224,7 @@ def _simhash_kernel(
     heads = rows % num_heads
     in_rows = (rows < num_rows)[:, None] & (dims < HEAD_SIZE)[None, :]
 
-    starts = tokens * token_stride + heads * head_stride
+    starts = (tokens * token_stride + heads * head_stride) * UNIT
     x = tl.load(vectors_ptr + starts[:, None] + dims[None, :], mask=in_rows, other=0.0)
     x = x.to(tl.float32)
     if center_ptr is not None:

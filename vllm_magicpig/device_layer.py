@@ -110,33 +110,36 @@ class DeviceLayer:
             self._freeze_center(step)
 
     def warm_up(self) -> None:
-        """Compiles the hashing kernels, which no warm-up step of vLLM runs: there is no centre yet."""
+        """Runs every variant of the Triton kernels once, so that none is compiled while serving: no
+        step of vLLM's own warm-up goes everywhere, and with enforce_eager there is hardly any."""
+        self.device.launch(self._warm_up)
+
+    def _warm_up(self) -> None:
+        kernels, held, decode = self.device.kernels, self._prefill, self._decode
+        chunks, block_size = self.pages.chunks, self.pages.block_size
+        zeros = held.part.zero_()
+        key, on_device = zeros[:, : self.pages.num_kv_heads], zeros.device
+        nowhere = torch.full((1,), -1, dtype=torch.int64, device=on_device)
+        kernels.store_pages(key[:1], key[:1], None, nowhere, chunks, block_size)
+        table = torch.zeros(1, dtype=torch.int32, device=on_device)
+        rows = held.keys[0][:1], held.values[0][:1]
+        kernels.gather_pages(chunks, table, 0, 1, *rows, block_size)
+        lse = held.lse.zero_()[:, :1]
+        kernels.merge_into(held.out.zero_()[:1], lse, zeros[:1], lse.clone())
         if self._planes is None:
             return
-        decode, key_codes = self._decode, self._prefill.key_codes
+        assert held.key_codes is not None
         assert decode.query_codes is not None
         assert decode.key_codes is not None
-        assert key_codes is not None
-        center = torch.zeros(decode.key.shape[1:], device=self.device.torch_device)
-        few = sorted({1, 2, 16, len(decode.key)})  # Triton specialises kernels on such sizes
-        for rows, to, mean in (
-            (decode.query, decode.query_codes, None),
-            (decode.key, decode.key_codes, center),
-            (decode.key, key_codes, center),
+        kernels.store_pages(key[:1], key[:1], held.key_codes[:1], nowhere, chunks, block_size)
+        center = torch.zeros(key.shape[1:], device=on_device)
+        for vectors, mean, codes in (
+            (zeros, None, decode.query_codes),
+            (key, center, decode.key_codes),
+            (key, center, held.key_codes),
         ):
-            for n in (n for n in few if n <= len(rows)):
-                self._warm_up_simhash((n, *rows.shape[1:]), to[:n], mean)
-        self._warm_up_simhash((len(key_codes), *decode.key.shape[1:]), key_codes, center)
-
-    def _warm_up_simhash(
-        self, shape: tuple[int, ...], codes: torch.Tensor, center: torch.Tensor | None
-    ) -> None:
-        device = self.device
-        vectors = torch.zeros(shape, dtype=self._decode.key.dtype, device=device.torch_device)
-        assert self._planes is not None
-        device.launch(
-            device.kernels.simhash, vectors, self._planes, self._code_words, center, codes
-        )
+            for n in (1, min(len(codes), len(zeros))):  # tiles are smaller for few rows
+                kernels.simhash(vectors[:n], self._planes, self._code_words, mean, codes[:n])
 
     # ------------------------------------------------------------------------------------ decode
 
@@ -170,7 +173,8 @@ class DeviceLayer:
         if self._center is not None:
             assert self._planes is not None
             assert self._prefill.key_codes is not None
-            codes = self._prefill.key_codes[tokens]
+            # From the start, where it is aligned: what lay there is stored already.
+            codes = self._prefill.key_codes[: tokens.stop - tokens.start]
             self.device.kernels.simhash(
                 key[tokens], self._planes, self._code_words, self._center, codes
             )
