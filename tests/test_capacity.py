@@ -248,7 +248,19 @@ def test_a_pool_beyond_the_free_ram() -> None:
         capacity.check_host_bytes(96 * GIB, 100 * GIB, 1)
     assert str(error.value) == (
         "magicpig option host_kv_cache_gib is 96.0, but this machine has 100.0 GiB of free RAM, of "
-        "which 90% may be pinned; set it to at most 90.0."
+        "which 90% may be pinned; set it to at most 90.0, or where this machine's RAM grows as it is "
+        "used, check_host_memory to false."
+    )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "each"),
+    [(1, "70.0 GiB of host memory"), (2, "35.0 GiB of host memory for each of 2 ranks")],
+)
+def test_the_default_says_what_it_takes_for_free(ranks: int, each: str) -> None:
+    assert capacity.default_host_report(100 * GIB, ranks) == (
+        f"magicpig: {each}, 70% of the 100.0 GiB of RAM that are free now; host_kv_cache_gib sets "
+        "another size"
     )
 
 
@@ -257,7 +269,7 @@ def test_a_pool_beyond_the_free_ram() -> None:
 def test_the_named_pool_size_is_accepted(free: int, ranks: int) -> None:
     with pytest.raises(ValueError, match="set it to at most") as error:
         capacity.check_host_bytes(free, free, ranks)
-    most = re.search(r"at most (\d+\.\d)\.$", str(error.value))
+    most = re.search(r"at most (\d+\.\d), or", str(error.value))
     assert most is not None
     capacity.check_host_bytes(int(float(most[1]) * GIB), free, ranks)
     assert (f"each of {ranks} ranks" in str(error.value)) == (ranks > 1)

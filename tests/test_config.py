@@ -74,6 +74,9 @@ def test_a_middle_is_sampled_from_exact_below_on() -> None:
         ("isa", "sse2"),
         ("host_kv_cache_gib", 0),
         ("host_kv_cache_gib", "4 GiB"),
+        ("check_host_memory", "no"),
+        ("check_host_memory", 0),
+        ("check_host_memory", False),  # and no host_kv_cache_gib
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(name: str, value: Any) -> None:

@@ -4,6 +4,7 @@ at the memory, what it tells vLLM to take, and where errors of host callbacks co
 from __future__ import annotations
 
 import os
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,6 +64,7 @@ class VllmWorker:
         self.buffers_when_measured: Any = None
         self.output: Any = None
         self.warm_up: Any = lambda: None
+        self.shut_down = False
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
         return {"0": SPEC, "1": SPARSE, "2": SPARSE}
@@ -77,6 +79,9 @@ class VllmWorker:
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         return self.output
+
+    def shutdown(self) -> None:
+        self.shut_down = True
 
 
 class Worker(DevicePagesWorker, VllmWorker):
@@ -112,8 +117,11 @@ def test_where_the_device_is_the_limit_its_bytes_stay() -> None:
 
 def test_the_default_budget_is_a_share_of_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_worker, "free_ram_bytes", lambda: GIB // 4)
+    said: list[str] = []
+    monkeypatch.setattr(device_worker.logger, "info", lambda text, *rest: said.append(text % rest))
     worker = Worker({"K": 0})
     blocks = worker.determine_available_memory() // DEVICE_BLOCK_BYTES
+    assert any("0.2 GiB of RAM that are free now" in text for text in said)
     assert blocks == int(0.7 * (GIB // 4)) // (2 * 2 * 128 * 2 * 64 * 4)
 
 
@@ -121,6 +129,14 @@ def test_more_than_the_machine_has_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(device_worker, "free_ram_bytes", lambda: GIB)
     with pytest.raises(ValueError, match=r"host_kv_cache_gib is 5\.0, but this machine has 1\.0"):
         Worker({"host_kv_cache_gib": 5}).determine_available_memory()
+
+
+def test_the_check_can_be_switched_off_where_ram_grows_as_it_is_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(device_worker, "free_ram_bytes", lambda: GIB // 100)
+    worker = Worker({"K": 0, "host_kv_cache_gib": 0.05, "check_host_memory": False})
+    assert worker.determine_available_memory() > 0
 
 
 def with_pool(num_blocks: int, max_model_len: int = 4096) -> Worker:
@@ -180,6 +196,49 @@ def test_an_error_during_warm_up_ends_the_start() -> None:
     worker.warm_up = lambda: run(worker, 1, 201, block=5)
     with pytest.raises(RuntimeError, match="slot"):
         worker.compile_or_warm_up_model()
+
+
+def device_of(worker: Worker) -> FakeDevice:
+    device = worker._device
+    assert isinstance(device, FakeDevice)
+    return device
+
+
+def test_shutdown_waits_for_the_device_and_unpins_the_pool(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    worker = with_pool(num_blocks=8)
+    device = device_of(worker)
+    monkeypatch.setattr(device, "settle", lambda: None)
+    gate = threading.Event()
+    device.launch(gate.wait)
+    run(worker, 200, 200)
+    assert (len(device.registered), device.callbacks.pending) == (2, 2)
+    threading.Timer(0.2, gate.set).start()
+    worker.shutdown()
+    assert device.callbacks.pending == 0
+    assert device.registered == []
+    assert worker.shut_down
+
+
+def test_a_device_that_has_failed_does_not_keep_the_rest_from_being_shut_down(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    worker = with_pool(num_blocks=8)
+    device, builder = device_of(worker), worker._builder
+    assert builder is not None
+    threads = set(os.listdir("/proc/self/task"))
+
+    def synchronize() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(device, "synchronize", synchronize)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        worker.shutdown()
+    assert set(os.listdir("/proc/self/task")) < threads, "the builder's have ended"
+    assert device.registered == []
+    assert [impl.sampled for _, impl in worker._sampled_layers()] == [None, None]
+    assert worker.shut_down
 
 
 class Output(AsyncModelRunnerOutput):

@@ -44,6 +44,24 @@ def test_it_is_backed_by_huge_pages_where_the_system_grants_them() -> None:
     assert 0 <= pool.huge_page_bytes() <= 32 * HUGE_PAGE_BYTES
 
 
+def test_a_forked_child_has_nothing_of_it() -> None:
+    pool = make(FakeDevice())
+    region = pool.layer(1)
+    start, stop = region.data_ptr(), region.data_ptr() + region.nbytes
+    assert mapped(start, stop)
+    child = os.fork()
+    if child == 0:
+        os._exit(mapped(start, stop))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def mapped(start: int, stop: int) -> bool:
+    """Whether this process has a mapping between these addresses."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    spans = (line.split()[0].split("-") for line in lines)
+    return any(int(begin, 16) < stop and int(end, 16) > start for begin, end in spans)
+
+
 def test_progress_is_told_after_each_region() -> None:
     told: list[tuple[int, int]] = []
     HostPool(FakeDevice(), [1000] * 3, CPUS, lambda done, total: told.append((done, total)))

@@ -186,6 +186,16 @@ def default_host_bytes(free_ram_bytes: int, local_ranks: int) -> int:
     return int(free_ram_bytes * DEFAULT_RAM_SHARE) // local_ranks
 
 
+def default_host_report(free_ram_bytes: int, local_ranks: int) -> str:
+    """Says what `default_host_bytes` is made of."""
+    ranks = "" if local_ranks == 1 else f" for each of {local_ranks} ranks"
+    return (
+        f"magicpig: {_gib(default_host_bytes(free_ram_bytes, local_ranks))} GiB of host memory{ranks}, "
+        f"{DEFAULT_RAM_SHARE:.0%} of the {_gib(free_ram_bytes)} GiB of RAM that are free now; "
+        "host_kv_cache_gib sets another size"
+    )
+
+
 def check_host_bytes(host_bytes: int, free_ram_bytes: int, local_ranks: int) -> None:
     """Raises ValueError when the ranks of this machine together ask for more RAM than is safe."""
     most = int(free_ram_bytes * MAX_RAM_SHARE) // local_ranks
@@ -194,7 +204,8 @@ def check_host_bytes(host_bytes: int, free_ram_bytes: int, local_ranks: int) -> 
         raise ValueError(
             f"magicpig option host_kv_cache_gib is {_gib(host_bytes)}{ranks}, but this machine has "
             f"{_gib_down(free_ram_bytes)} GiB of free RAM, of which {MAX_RAM_SHARE:.0%} may be pinned; "
-            f"set it to at most {_gib_down(most)}."
+            f"set it to at most {_gib_down(most)}, or where this machine's RAM grows as it is used, "
+            "check_host_memory to false."
         )
 
 

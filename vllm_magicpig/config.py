@@ -30,7 +30,7 @@ class MagicPigOptions:
     attended exactly (tokens); threads: of the decode kernel, None = the physical cores that this
     process may use; seed: of the hyperplanes; center: "first_prompt", "none" or the path of a
     calibration file; isa: instruction set of the kernels; host_kv_cache_gib: size of the pinned
-    host pool (CUDA only).
+    host pool (CUDA only); check_host_memory: refuse one that exceeds the free RAM.
     """
 
     K: int = 10
@@ -47,6 +47,7 @@ class MagicPigOptions:
     center: str = "first_prompt"
     isa: str = "auto"
     host_kv_cache_gib: float | None = None
+    check_host_memory: bool = True
 
     @property
     def is_exact(self) -> bool:
@@ -133,6 +134,12 @@ def parse_options(additional_config: Any) -> MagicPigOptions:
 
 def _check_together(options: MagicPigOptions) -> None:
     """Raises ValueError for options that are right by themselves only."""
+    if not options.check_host_memory and options.host_kv_cache_gib is None:
+        raise _wrong(
+            "check_host_memory",
+            False,
+            "true where host_kv_cache_gib is null, which is a share of the free RAM",
+        )
     if options.K == 1:
         if options.L % SIGNATURE_WORD_BITS != 0:
             raise _wrong("L", options.L, "a multiple of 16 up to 256, since K is 1")
@@ -170,6 +177,10 @@ def _checked(name: str, value: Any) -> Any:
         return _rows(value)
     if name == "center":
         return _center(value)
+    if name == "check_host_memory":
+        if not isinstance(value, bool):
+            raise _wrong(name, value, "true or false")
+        return value
     assert name == "host_kv_cache_gib"
     if value is None:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -64,9 +65,11 @@ class DevicePagesWorker(MagicPigWorker):
         free, ranks = free_ram_bytes(), self._local_ranks
         if options.host_kv_cache_gib is None:
             host_bytes = capacity.default_host_bytes(free, ranks)
+            logger.info("%s", capacity.default_host_report(free, ranks))
         else:
             host_bytes = int(options.host_kv_cache_gib * capacity.GIB)
-            capacity.check_host_bytes(host_bytes, free, ranks)
+            if options.check_host_memory:
+                capacity.check_host_bytes(host_bytes, free, ranks)
         return capacity.plan_blocks(
             host_bytes,
             device_bytes,
@@ -207,17 +210,22 @@ class DevicePagesWorker(MagicPigWorker):
             self._builder.raise_error()
 
     def shutdown(self) -> None:
-        """Nothing may run on the pool when it is unpinned."""
-        if self._device is not None:
-            self._device.synchronize()
-        if self._builder is not None:
-            self._builder.close()
+        """Nothing may run on the pool when it is unpinned. Every part is shut down, also after one has
+        failed, such as a device that cannot be waited for any more; the error is raised then."""
+        with ExitStack() as in_turn:  # what is added last comes first
+            in_turn.callback(super().shutdown)
+            in_turn.callback(self._close_pool)
+            if self._builder is not None:
+                in_turn.callback(self._builder.close)
+            if self._device is not None:
+                in_turn.callback(self._device.synchronize)
+
+    def _close_pool(self) -> None:
         for _, impl in self._sampled_layers():
             impl.sampled = None
         if self._host_pool is not None:
             self._host_pool.close()
             self._host_pool = None
-        super().shutdown()
 
     # ------------------------------------------------------------------------------------ config
 

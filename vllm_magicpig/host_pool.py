@@ -46,6 +46,9 @@ class HostPool:
                 "host_kv_cache_gib."
             ) from error
         self._map.madvise(mmap.MADV_HUGEPAGE)
+        # A child of fork would make pages of this process copies once it writes to them, or get
+        # copies of them all at once, since they are pinned.
+        self._map.madvise(mmap.MADV_DONTFORK)
         memory = torch.frombuffer(self._map, dtype=torch.uint8)
         start = -memory.data_ptr() % HUGE_PAGE_BYTES
         self._memory = memory[start : start + starts[-1]]
