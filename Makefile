@@ -5,7 +5,7 @@ VENV := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help setup demo test test-fast bench ruler gpu-check sanitize lint format clean
+.PHONY: help setup demo test test-fast bench ruler gpu-check vllm-contract sanitize lint format clean
 
 help:
 	@echo "make demo        set up, build the built-in model, serve it with magicpig, ask it questions"
@@ -15,6 +15,7 @@ help:
 	@echo "make bench       speed and accuracy on this CPU, about half an hour; BENCH_ARGS=--quick takes 4 minutes"
 	@echo "make ruler       RULER's tasks on the built-in model; MODEL=name-or-path RULER_ARGS=\"--lengths 32768\""
 	@echo "make gpu-check   with an NVIDIA GPU: correctness, bandwidths and speed in 8 minutes, and a report"
+	@echo "make vllm-contract   our use of vLLM against the sources of every supported release (fetches 330 MB each)"
 	@echo "make sanitize    the native tests and 10 minutes of fuzz under GCC's sanitizers"
 	@echo "make lint        ruff, mypy and clang-format"
 	@echo "make setup       .venv with vLLM, this package and its tools"
@@ -50,6 +51,9 @@ ruler: setup
 
 gpu-check: setup
 	$(VENV)/python scripts/gpu_check.py $(GPU_CHECK_ARGS)
+
+vllm-contract: setup
+	$(VENV)/python scripts/vllm_contract.py $(CONTRACT_ARGS)
 
 sanitize: setup
 	$(VENV)/python scripts/sanitize.py $(SANITIZE_ARGS)
