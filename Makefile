@@ -5,7 +5,7 @@ VENV := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help setup demo test test-fast bench ruler gpu-check vllm-contract sanitize lint format clean
+.PHONY: help setup demo test test-fast bench ruler gpu-check vllm-contract sanitize warnings lint format clean
 
 help:
 	@echo "make demo        set up, build the built-in model, serve it with magicpig, ask it questions"
@@ -17,6 +17,7 @@ help:
 	@echo "make gpu-check   with an NVIDIA GPU: correctness, bandwidths and speed in 8 minutes, and a report"
 	@echo "make vllm-contract   our use of vLLM against the sources of every supported release (fetches 330 MB each)"
 	@echo "make sanitize    the native tests and 10 minutes of fuzz under GCC's sanitizers"
+	@echo "make warnings    all C++ for each level of x86-64 with warnings as errors, 3 minutes on two cores"
 	@echo "make lint        ruff, mypy and clang-format"
 	@echo "make setup       .venv with vLLM, this package and its tools"
 
@@ -57,6 +58,9 @@ vllm-contract: setup
 
 sanitize: setup
 	$(VENV)/python scripts/sanitize.py $(SANITIZE_ARGS)
+
+warnings: setup
+	$(VENV)/python scripts/check_warnings.py $(WARNINGS_ARGS)
 
 lint: setup
 	$(VENV)/ruff check .

@@ -91,17 +91,18 @@ constexpr size_t kWords = sizeof(Words);
 
 std::atomic<uint64_t> sink{0};  // keeps the reads from being optimised away
 
-/// XOR of whole cache lines in four chains, so that no addition waits for the one before.
-Words fold(const uint8_t* p, size_t bytes) {
+/// XOR of whole cache lines into *sum, in four chains, so that none waits for the one before. Words
+/// go by pointer: how a call passes vectors of this size depends on the instruction set (-Wpsabi).
+void fold(const uint8_t* p, size_t bytes, Words* sum) {
   Words a[4] = {};
   size_t i = 0;
   for (; i + 4 * kWords <= bytes; i += 4 * kWords)
     for (size_t j = 0; j < 4; ++j) a[j] ^= *reinterpret_cast<const Words*>(p + i + j * kWords);
   for (; i + kWords <= bytes; i += kWords) a[0] ^= *reinterpret_cast<const Words*>(p + i);
-  return a[0] ^ a[1] ^ a[2] ^ a[3];
+  *sum ^= a[0] ^ a[1] ^ a[2] ^ a[3];
 }
 
-uint64_t any_bit(Words words) { return words[0] ^ words[3] ^ words[5] ^ words[7]; }
+uint64_t any_bit(const Words& words) { return words[0] ^ words[3] ^ words[5] ^ words[7]; }
 
 /// Gives the array huge pages, where the system lets one ask. To be called before it is first
 /// written.
@@ -137,7 +138,9 @@ std::vector<double> sequential_read(const Array<uint8_t>& buffer, const std::vec
   if (share == 0) throw std::invalid_argument("buffer has less than a page for each thread.");
   py::gil_scoped_release release;
   return rates(share * cpus.size(), time_on(cpus, repeats, [&](int thread, int) {
-                 sink ^= any_bit(fold(p + share * thread, share));
+                 Words sum = {};
+                 fold(p + share * thread, share, &sum);
+                 sink ^= any_bit(sum);
                }));
 }
 
@@ -177,7 +180,7 @@ std::vector<double> gather_rows(const Array<uint8_t>& buffer, const Array<int64_
                  for (size_t i = 0; i < share; ++i) {
                    if (distance > 0 && i + distance < share)
                      prefetch_row(p + own[i + distance] * row_bytes, row_bytes, cache_level);
-                   sum ^= fold(p + own[i] * row_bytes, row_bytes);
+                   fold(p + own[i] * row_bytes, row_bytes, &sum);
                  }
                  sink ^= any_bit(sum);
                }));

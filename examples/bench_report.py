@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -180,7 +180,7 @@ class Report:
         self._content: dict[str, Any] = {
             "benchmark": self.name,
             "command": shlex.join(["python", f"examples/{self.name}.py", *map(str, arguments)]),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "hardware": hardware(),
             "threads": list(self.threads),
         }

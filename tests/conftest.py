@@ -1,7 +1,11 @@
 """Settings of every test process, made before vLLM is imported."""
 
 import os
+import sys
+from pathlib import Path
+from typing import Any
 
+import pytest
 import sanitized_extension
 
 # Engines run inside the test process (tests/e2e/engines.py), so that a start costs seconds.
@@ -24,3 +28,29 @@ if worker is not None:
 collect_ignore = ["contract"]
 
 sanitized_extension.load()
+
+_COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++")
+_collecting = True
+_compiled: list[str] = []
+
+
+def _note_compilers(event: str, arguments: tuple[Any, ...]) -> None:
+    """Of subprocess.Popen's audit event: (executable, arguments, folder, environment)."""
+    if _collecting and event == "subprocess.Popen":
+        program = Path(os.fsdecode(arguments[0])).name
+        if program.rsplit("-", 1)[0] in _COMPILERS or program in _COMPILERS:
+            _compiled.append(program)
+
+
+sys.addaudithook(_note_compilers)
+
+
+def pytest_collection_finish() -> None:
+    global _collecting
+    _collecting = False
+
+
+@pytest.fixture
+def compiled_at_collection() -> list[str]:
+    """Compilers that importing the tests started."""
+    return _compiled

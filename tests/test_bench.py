@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import bench_build
@@ -36,7 +37,6 @@ from native_helpers import pool
 
 from vllm_magicpig import _C, reference
 
-native = bench_build.load()
 CPUS = sorted(os.sched_getaffinity(0))
 needs_cpu_build = pytest.mark.skipif(
     torch.version.cuda is not None, reason="compares with CPU_ATTN, which needs vLLM's CPU build"
@@ -54,7 +54,13 @@ def own_cpus() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def layer() -> SampledLayer:
+def native() -> ModuleType:
+    """Compiled by the first test that needs it, never while tests are collected."""
+    return bench_build.load()
+
+
+@pytest.fixture(scope="module")
+def layer(native: ModuleType) -> SampledLayer:
     requests = [generate("mixed", 3000, num_kv_heads=3, seed=s) for s in range(2)]
     return SampledLayer(
         Config(6, 40),
@@ -71,7 +77,9 @@ def queries(layer: SampledLayer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_the_reference_layout_finds_the_sample(layer: SampledLayer, num_threads: int) -> None:
+def test_the_reference_layout_finds_the_sample(
+    layer: SampledLayer, native: ModuleType, num_threads: int
+) -> None:
     codes = Decoder(layer, _C.resolve_isa("auto"), pool()).hash_queries(queries(layer))
     cpus = [CPUS[i % len(CPUS)] for i in range(num_threads)]
     found = ReferenceLayer(layer, native).lookup(codes, cpus, positions=True)
@@ -98,7 +106,7 @@ def test_exact_decode_is_attention_over_the_rows(layer: SampledLayer) -> None:
         assert relative_error(out[request], exact).max() < 2**-8
 
 
-def test_bandwidths_are_positive_and_rows_are_checked() -> None:
+def test_bandwidths_are_positive_and_rows_are_checked(native: ModuleType) -> None:
     buffer = np.ones(1 << 22, np.uint8)
     assert len(native.sequential_read(buffer, CPUS[:1], 3)) == 3
     rows = np.random.default_rng(0).integers(8000, size=(3, 400))
@@ -109,7 +117,7 @@ def test_bandwidths_are_positive_and_rows_are_checked() -> None:
         native.gather_rows(buffer, np.full((1, 4), 8192), 512, 8, 2, CPUS[:1])
 
 
-def test_a_growing_request_decodes_as_a_stored_one() -> None:
+def test_a_growing_request_decodes_as_a_stored_one(native: ModuleType) -> None:
     """Token by token through the stream's callbacks, as the layer that holds everything from the start:
     the same sample, whatever has been built by then."""
     isa = _C.resolve_isa("auto")
@@ -150,7 +158,7 @@ def test_sides_take_turns_and_the_first_call_is_not_timed() -> None:
 
 
 @needs_cpu_build
-def test_nothing_is_timed_where_results_differ() -> None:
+def test_nothing_is_timed_where_results_differ(native: ModuleType) -> None:
     isa = _C.resolve_isa("auto")
     rows, others = ([generate("mixed", 700, seed=seed)] for seed in (0, 1))
     placement = Placement.shuffled(1, 700)
