@@ -42,17 +42,7 @@ def main() -> None:
             f"Python {sys.version.split()[0]} is too old, vLLM needs 3.11 or newer; run make with "
             "PYTHON=python3.11 or a newer one."
         )
-    dependencies = stamp("dependencies", [ROOT / "pyproject.toml"], platform)
-    sources = [ROOT / "setup.py", *sorted(ROOT.glob("cpu_kernels/*"))]
-    extension = stamp("extension", sources, platform)
-    packages = missing_system_packages()
-    steps = [
-        *([Step("installing " + " ".join(packages), install_system_packages)] if packages else []),
-        *([] if venv_works() else [Step("making .venv", make_venv)]),
-        *(install_steps(platform, [dependencies, extension]) if dependencies.is_stale() else []),
-    ]
-    if extension.is_stale() and not dependencies.is_stale():
-        steps.append(Step("building the native extension", build_extension, (extension,)))
+    steps = plan(platform, missing_system_packages())
     try:
         run_all(steps)
     except StepFailed as failure:
@@ -84,6 +74,24 @@ def run_all(steps: list[Step]) -> None:
         for finished in step.finishes:
             finished.write()
         logged.done()
+
+
+def plan(platform: str, system_packages: list[str]) -> list[Step]:
+    """What is not current, in order. A .venv that is made anew loses what its stamps spoke of."""
+    dependencies = stamp("dependencies", [ROOT / "pyproject.toml"], platform)
+    sources = [ROOT / "setup.py", *sorted(ROOT.glob("cpu_kernels/*"))]
+    extension = stamp("extension", sources, platform)
+    steps = []
+    if system_packages:
+        steps.append(Step("installing " + " ".join(system_packages), install_system_packages))
+    is_new = not venv_works()
+    if is_new:
+        steps.append(Step("making .venv", make_venv))
+    if is_new or dependencies.is_stale():
+        steps += install_steps(platform, [dependencies, extension])
+    elif extension.is_stale():
+        steps.append(Step("building the native extension", build_extension, (extension,)))
+    return steps
 
 
 def has_nvidia_gpu() -> bool:

@@ -116,3 +116,21 @@ def test_a_venv_without_pip_is_made_again(tmp_path: Path, monkeypatch: pytest.Mo
     assert not setup_env.venv_works()
     monkeypatch.setattr(setup_env, "PYTHON", Path(PYTHON))
     assert setup_env.venv_works()
+
+
+def test_a_venv_that_is_made_again_is_filled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the stamps in the old one were current."""
+    monkeypatch.setattr(setup_env, "VENV", tmp_path)
+    works = True
+    monkeypatch.setattr(setup_env, "venv_works", lambda: works)
+    for step in setup_env.plan("cpu", []):
+        for stamp in step.finishes:
+            stamp.write()
+    assert setup_env.plan("cpu", []) == []
+    works = False
+    titles = [step.title for step in setup_env.plan("cpu", [])]
+    assert titles[0] == "making .venv"
+    assert titles[-1] == "installing the build tools"
+    assert [step.title for step in setup_env.plan("cpu", ["g++"])] == ["installing g++", *titles]
