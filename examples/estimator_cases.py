@@ -1,4 +1,4 @@
-"""What estimators are measured on: decode steps over keys and values that were made up or captured."""
+"""What methods are measured on: decode steps over keys and values that were made up or captured."""
 
 from __future__ import annotations
 

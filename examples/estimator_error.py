@@ -1,4 +1,4 @@
-"""Relative output error of sparse attention methods and estimators against the rows that they read.
+"""Relative output error of sparse attention methods against the rows that they read.
 
     python examples/estimator_error.py --quick                       # synthetic, under a minute
     python examples/estimator_error.py                               # synthetic, 16K tokens
@@ -7,9 +7,9 @@
     python examples/estimator_error.py --compare centring,tables
 
 For accuracy only: everything is plain PyTorch. Errors are |out - exact| / |exact| of a decode step,
-and percentiles run over queries, query heads and seeds. Methods and estimators are those of
-vllm_magicpig/accuracy: top-k and oracle-sampling know the true logits and are bounds; "native" is the
-paper's sample, without a budget; "B" is what the engine does with the option `rows`.
+and percentiles run over queries, query heads and seeds. Methods are those of vllm_magicpig/accuracy:
+top-k and oracle-sampling know the true logits and are bounds; "native" is the paper's sample, without a
+budget; "B" is what the engine does with the option `rows`; a group of heads shares signatures' rows.
 
 Writes estimator_error.json, a plot of error against rows and one of sample sizes.
 """

@@ -11,7 +11,6 @@ import torch
 from bench_geometries import relative_error
 from estimator_cases import Case
 
-from vllm_magicpig.accuracy.estimators import ESTIMATORS, make_estimator
 from vllm_magicpig.accuracy.key_codes import KeyCodes
 from vllm_magicpig.accuracy.methods import MagicPig, Method, MethodSettings, make_method
 from vllm_magicpig.config import MagicPigOptions
@@ -21,18 +20,17 @@ BASELINES = ("top-k", "oracle-sampling", "quest", "uniform", "streaming")
 
 @dataclass(frozen=True)
 class Contender:
-    """A method at a budget. name: of BASELINES or ESTIMATORS; rows: fraction of the middle, 0 for
-    "native", which takes what it takes; label: what tables and plots call it."""
+    """A method at a budget. name: of METHODS; rows: fraction of the middle, 0 for the paper's sample,
+    which takes what it takes; label: what tables and plots call it; bits: of signatures."""
 
     label: str
     name: str
     rows: float
     options: MagicPigOptions
+    bits: int = 2
 
     def method(self, layer_index: int, scale: float) -> Method:
-        if self.name in ESTIMATORS:
-            return make_estimator(self.name, self.rows, self.options, layer_index, scale)
-        settings = MethodSettings(self.name, self.rows, self.options)
+        settings = MethodSettings(self.name, self.rows, self.options, bits=self.bits)
         return make_method(settings, layer_index, scale)
 
 
@@ -85,18 +83,19 @@ def measure(
     for query, exact, n in zip(case.queries, case.exact, case.lengths, strict=True):
         out, rows = method.attend(query, case.keys[:, :n], case.values[:, :n])
         errors.append(relative_error(out, exact))
-        middle = n - contender.options.sink_tokens - contender.options.window_tokens
-        fractions.append(rows / middle)
+        fractions.append(rows / len(method.middle(n)))
     return torch.cat(errors).double().numpy(), torch.cat(fractions).double().numpy()
 
 
 def contenders_of(options: MagicPigOptions, budgets: Sequence[float]) -> list[Contender]:
-    """Every baseline and estimator at every budget; native once, where it has a sample of its own."""
+    """Everything at every budget; native once, where it has a sample of its own."""
     found = [Contender(name, name, rows, options) for name in BASELINES for rows in budgets]
     if options.K > 1:
-        found.append(Contender("native", "native", 0.0, options))
-    names = [name for name in ESTIMATORS if name != "native"]
-    found += [Contender(name, name, rows, options) for name in names for rows in budgets]
+        found.append(Contender("native", "magicpig", 0.0, options))
+    found += [Contender("B", "magicpig", rows, options) for rows in budgets]
+    for bits in (1, 2):
+        label = f"signatures, {bits} bit{'s' if bits > 1 else ''}"
+        found += [Contender(label, "signatures", rows, options, bits) for rows in budgets]
     return found
 
 
@@ -106,29 +105,21 @@ def centring_contenders(options: MagicPigOptions, budgets: Sequence[float]) -> l
     for center, words in (("first_prompt", "centred"), ("none", "not centred")):
         changed = replace(options, center=center)
         if options.K > 1:
-            found.append(Contender(f"native, {words}", "native", 0.0, changed))
-        for name in ("B", "G"):
-            found += [Contender(f"{name}, {words}", name, rows, changed) for rows in budgets]
+            found.append(Contender(f"native, {words}", "magicpig", 0.0, changed))
+        found += [Contender(f"B, {words}", "magicpig", rows, changed) for rows in budgets]
     return found
 
 
 TABLES = ((10, 150, 2), (10, 150, 1), (10, 220, 2), (10, 220, 3), (9, 120, 2), (8, 75, 2))
 """(K, L, min_matches): the paper's, one that asks for less, more tables, fewer bits."""
-SIGNATURES = ((1, 128), (1, 256))
 
 
 def table_contenders(options: MagicPigOptions, budgets: Sequence[float]) -> list[Contender]:
-    """Native and B for each of TABLES, G for each (K, L): the budget alone tells its threshold."""
+    """Native and B for each of TABLES."""
     found = []
-    seen: set[tuple[int, int]] = set()
-    for num_bits, num_tables, least in (*TABLES, *((*pair, 1) for pair in SIGNATURES)):
+    for num_bits, num_tables, least in TABLES:
         changed = replace(options, K=num_bits, L=num_tables, min_matches=least)
-        pair = f"({num_bits},{num_tables})"
-        words = f"{pair} t={least}" if num_bits > 1 else pair
-        if num_bits > 1:
-            found.append(Contender(f"native {words}", "native", 0.0, changed))
-        found += [Contender(f"B {words}", "B", rows, changed) for rows in budgets]
-        if (num_bits, num_tables) not in seen:
-            found += [Contender(f"G {pair}", "G", rows, changed) for rows in budgets]
-            seen.add((num_bits, num_tables))
+        words = f"({num_bits},{num_tables}) t={least}"
+        found.append(Contender(f"native {words}", "magicpig", 0.0, changed))
+        found += [Contender(f"B {words}", "magicpig", rows, changed) for rows in budgets]
     return found

@@ -1,4 +1,4 @@
-"""A small transformer trained on the spot, so that estimators meet heads that were learnt.
+"""A small transformer trained on the spot, so that methods meet heads that were learnt.
 
     model, facts = train(seed=0)
     capture(model, corpus(16384, seed=1), decode_tokens=16)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from native_helpers import Layer, Rule, native_codes, pool
 
-from vllm_magicpig import _C, reference
+from vllm_magicpig import _C, reference, signature_reference
 from vllm_magicpig.accuracy.inclusion import TailTable
 from vllm_magicpig.accuracy.key_codes import KeyCodes, count_matches, pick_best
 from vllm_magicpig.accuracy.methods import (
@@ -60,7 +60,9 @@ class World:
         group = len(self.q) // len(self.k)
         keys = self.k.repeat_interleave(group, 0)[:, middle.start : middle.stop]
         logits = SCALE * torch.einsum("hd,hnd->hn", self.q, keys)
-        return Step(self.q, self.k, logits, SCALE, middle, limit)
+        every = SCALE * torch.einsum("hd,hnd->hn", self.q, self.k.repeat_interleave(group, 0))
+        static = torch.cat([every[:, : middle.start], every[:, middle.stop :]], 1).logsumexp(1)
+        return Step(self.q, self.k, logits, SCALE, middle, limit, static)
 
     def exact(self) -> torch.Tensor:
         return reference.exact_attention(self.q, self.k, self.v, SCALE)[0]
@@ -380,3 +382,65 @@ def test_the_serving_path_imports_none_of_it() -> None:
             waiting += names.split(", ")
     assert {"backend", "decode", "projection", "reference", "_C"} <= reached
     assert not [module for module in reached if module.startswith("accuracy")]
+
+
+def test_a_full_budget_of_signatures_is_exact() -> None:
+    """And of the middle, which ends with the last full block, all rows are read."""
+    world = World(300)
+    out, rows = method_of("signatures", 1.0).attend(world.q, world.k, world.v)
+    torch.testing.assert_close(out, world.exact(), rtol=1e-9, atol=1e-9)
+    assert rows.tolist() == [256 - 3] * 6
+
+
+def test_signatures_list_the_references_rows() -> None:
+    """One list for a group, of the formulas' chances, drawn by seed, layer, kv head and position."""
+    world = World(500)
+    options = replace(OPTIONS, seed=5)
+    method = method_of("signatures", 0.1, options)
+    method.observe(world.k)
+    step = replace(world.step(options, 38), middle=method.middle(500))
+    found = method.log_weights(step)
+    rotation = signature_reference.rotation(32, reference.layer_seed(5, 1))
+    for kv_head in range(2):
+        of_group = slice(3 * kv_head, 3 * kv_head + 3)
+        queries = SCALE * world.q[of_group]
+        signatures = signature_reference.encode(world.k[kv_head, :384], rotation, 2)
+        base, residual = (
+            part[:, 3:384] for part in signature_reference.scores(queries, signatures, rotation)
+        )
+        b = signature_reference.shrink(queries, residual, signatures.error_variances[3:384])
+        z = base + b[:, None] * residual
+        log_shares = signature_reference.shares(z, step.log_static[of_group])
+        pi = signature_reference.budget_inclusion(log_shares, 38)
+        word = signature_reference.step_word(5, 1, kv_head, 499)
+        listed = signature_reference.systematic(pi, word / 2**64)
+        expected = torch.where(listed, -pi.log(), -math.inf)
+        torch.testing.assert_close(found[of_group], expected.expand(3, -1))
+
+
+def test_signatures_read_more_where_a_gain_asks_for_it() -> None:
+    """Within bounds: 64 rows at least, 16 % of the middle at most, and no rows of the budget."""
+    world = World(3000)
+    counts = []
+    for gain in (1e-6, 0.006, 0.012, 10.0):
+        settings = MethodSettings("signatures", 0.5, OPTIONS, row_gain=gain)
+        _, rows = make_method(settings, 1, SCALE).attend(world.q, world.k, world.v)
+        counts.append(rows.float().mean().item())
+    assert counts[0] == pytest.approx(0.16 * 2941, abs=1)
+    assert counts[0] > counts[1] > counts[2] > counts[3]
+    assert counts[3] == pytest.approx(64, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "words"),
+    [
+        ("signatures", {"bits": 3}, "bits is 3, but must be 1, 2 or 4"),
+        ("signatures", {"row_gain": 0.0}, "row_gain of method 'signatures' is 0.0"),
+        ("quest", {"row_gain": 0.01}, "is for signatures alone"),
+    ],
+)
+def test_wrong_settings_of_signatures_are_refused(
+    name: str, changed: dict[str, float], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        MethodSettings(name, **changed)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ the scores are, the chance of a token is exactly what its M says: errors below c
     1  exact logits of sink, window and open block; q.mu of the blocks; the tables of the queries
     2  scores of some tiles at equal distances: b and log Z of each head
     3  A_i = max over heads of (score + base - log Z), 16 bits a token, of all tiles
-    4  log C of the group, such that the chances of every fourth A_i add up to its part of the budget
+    4  log C, such that the chances of some A_i of each tile add up to their part of the budget
     5  M_i = max(floor, A_i + log C), and the list
 
 Steps 3 and 5 may be divided among threads anywhere between tiles. A log C from the tiles of step 2
@@ -56,11 +56,9 @@ LEAST_SAMPLED_TILES = 16
 SAMPLED_PART = 32
 """One tile in so many is scored for b and log Z, LEAST_SAMPLED_TILES at least."""
 
-COUNTED_PLACES = 16
-"""Of a tile's 64 places, those whose chances step 4 adds up: one vector of AVX2, 16 tokens."""
-
-COUNT_ALL_BELOW = 2048
-"""Tokens of a middle that is short enough for step 4 to add up all."""
+COUNTED_PLACES = ((4096, 64), (16384, 32))
+"""In middles below so many tokens, step 4 adds up the chances at so many of a tile's 64 places; at 16
+in longer ones. The fewer, the more rows beyond the budget on average: C is convex in what they ask."""
 
 
 @dataclass(frozen=True)
@@ -192,9 +190,8 @@ def choose(step: ScanStep, rule: Budget | Gain) -> Chosen:
 
 def _counted(middle: range) -> torch.Tensor:
     """bool [m]: the tokens whose chances are added up."""
-    if len(middle) < COUNT_ALL_BELOW:
-        return torch.ones(len(middle), dtype=torch.bool)
-    return place(torch.arange(middle.start, middle.stop) % TILE_TOKENS) < COUNTED_PLACES
+    places = next((places for below, places in COUNTED_PLACES if len(middle) < below), 16)
+    return place(torch.arange(middle.start, middle.stop) % TILE_TOKENS) < places
 
 
 def _sampled_tokens(middle: range, source: DrawSource) -> torch.Tensor:

@@ -7,6 +7,9 @@ All methods attend to the sink and window tokens exactly and choose among the mi
 between. A choice is a log weight per row of the middle, -inf where the row is not gathered; the
 result is softmax attention with these added to the logits. A middle shorter than
 `options.exact_below` is attended exactly, as in the engine.
+
+"signatures" is the next method: `rows` is of the group of query heads there, which share one list, and
+its middle ends with the last full block of 128 tokens.
 """
 
 from __future__ import annotations
@@ -18,11 +21,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vllm_magicpig import reference
+from vllm_magicpig import reference, signature_reference
 from vllm_magicpig.accuracy.inclusion import tail_table
 from vllm_magicpig.accuracy.key_codes import KeyCodes, count_matches, pick_best, tie_phases
+from vllm_magicpig.accuracy.key_signatures import KeySignatures
 from vllm_magicpig.accuracy.page_bounds import PageBounds
 from vllm_magicpig.config import MagicPigOptions
+
+LEAST_GAIN_ROWS, LEAST_GAIN_SHARE, MOST_GAIN_SHARE = 64, 0.0025, 0.16
+"""Bounds of the rows where a gain chooses them: fewer than 64 leave errors of .5 in short middles."""
 
 QUEST_PAGE_TOKENS = 16
 """Tang et al., "Quest", arXiv 2406.10774, section 4.2."""
@@ -33,12 +40,16 @@ class MethodSettings:
     """name: one of METHODS; rows: fraction of the middle that a query head may gather, one row at
     least; 0 with magicpig is the paper's own sample, all that match; options: what the engine takes
     (rows, index, threads, isa and host_kv_cache_gib aside, which `rows` and plain PyTorch stand for);
-    seed: of the draws of uniform and oracle-sampling (magicpig draws by options.seed)."""
+    seed: of the draws of uniform and oracle-sampling (magicpig and signatures draw by options.seed);
+    bits: of a dimension, of signatures; row_gain: of signatures, chances by equal marginal gain in the
+    place of `rows`, all heads weighing alike."""
 
     name: str
     rows: float = 0.02
     options: MagicPigOptions = field(default_factory=MagicPigOptions)
     seed: int = 0
+    bits: int = 2
+    row_gain: float | None = None
 
     def __post_init__(self) -> None:
         if self.name not in METHODS:
@@ -59,6 +70,13 @@ class MethodSettings:
                 "rows of method 'magicpig' is 0, but with K = 1 every token matches; give a fraction "
                 "such as 0.01."
             )
+        if self.bits not in signature_reference.QUANTISER_STEP:
+            raise ValueError(f"bits is {self.bits!r}, but must be 1, 2 or 4; correct it.")
+        if self.row_gain is not None and not (self.name == "signatures" and self.row_gain > 0):
+            raise ValueError(
+                f"row_gain of method {self.name!r} is {self.row_gain!r}, but is for signatures alone "
+                "and above 0; correct it or leave it out."
+            )
 
 
 @dataclass(frozen=True)
@@ -67,7 +85,7 @@ class Step:
 
     queries: float [num_q_heads, head_size]; keys: float [num_kv_heads, n, head_size]; logits: float
     [num_q_heads, m], scale * q.k of the middle; middle: its positions; limit: rows that a head may
-    gather.
+    gather; log_static: float [num_q_heads], log of the sum of exp(scale * q.k) over all other tokens.
     """
 
     queries: torch.Tensor
@@ -76,6 +94,7 @@ class Step:
     scale: float
     middle: range
     limit: int
+    log_static: torch.Tensor
 
     def nothing(self) -> torch.Tensor:
         """Log weights of which none is gathered."""
@@ -97,6 +116,10 @@ class Method(ABC):
     def observe(self, keys: torch.Tensor) -> None:  # noqa: B027 (most methods keep nothing)
         """After a prefill; keys: [num_kv_heads, n, head_size], all of the sequence."""
 
+    def middle(self, num_tokens: int) -> range:
+        """Positions that are chosen among."""
+        return reference.middle(num_tokens, self.options.sink_tokens, self.options.window_tokens)
+
     @abstractmethod
     def log_weights(self, step: Step) -> torch.Tensor:
         """float [num_q_heads, m]: what is added to the logits, -inf where a row is not gathered."""
@@ -113,13 +136,14 @@ class Method(ABC):
         num_kv_heads, n, _ = k.shape
         grouped = q.reshape(num_kv_heads, -1, q.shape[1])
         logits = self.scale * (grouped @ k.transpose(1, 2)).flatten(0, 1)
-        middle = reference.middle(n, self.options.sink_tokens, self.options.window_tokens)
+        middle = self.middle(n)
         inner = logits[:, middle.start : middle.stop]
         rows = torch.full((len(q),), len(middle), device=q.device)
         self.observe(k)
         if len(middle) >= max(self.options.exact_below, 1):
             limit = reference.row_limit(len(middle), self.settings.rows) or len(middle)
-            step = Step(q, k, inner, self.scale, middle, limit)
+            outer = torch.cat([logits[:, : middle.start], logits[:, middle.stop :]], 1)
+            step = Step(q, k, inner, self.scale, middle, limit, outer.logsumexp(1))
             added = self.log_weights(step)
             rows = (added > -math.inf).sum(1)
             out = self.output(step, logits, v, added)
@@ -300,9 +324,52 @@ class MagicPig(Method):
         return 1 - torch.arccos(cosine.clamp(-1, 1)) / math.pi
 
 
+class SignatureList(Method):
+    """Rows listed for a group by predicted logits, weighted by 1 / pi (signature_reference.py)."""
+
+    def __init__(self, settings: MethodSettings, layer_index: int, scale: float) -> None:
+        self.keys = KeySignatures(settings.bits, settings.options.seed, layer_index)
+        super().__init__(settings, layer_index, scale)
+
+    def reset(self) -> None:
+        super().reset()
+        self.keys.reset()
+
+    def observe(self, keys: torch.Tensor) -> None:
+        self.keys.extend(keys)
+
+    def middle(self, num_tokens: int) -> range:
+        options = self.options
+        return signature_reference.middle(num_tokens, options.sink_tokens, options.window_tokens)
+
+    def log_weights(self, step: Step) -> torch.Tensor:
+        num_kv_heads, num_tokens, head_size = step.keys.shape
+        grouped = (step.scale * step.queries).reshape(num_kv_heads, -1, head_size)
+        static = step.log_static.reshape(num_kv_heads, -1)
+        weights = []
+        for kv_head, queries in enumerate(grouped):
+            log_shares = self.keys.log_shares(kv_head, queries, step.middle, static[kv_head])
+            pi = self.inclusion(log_shares.double(), step.limit)
+            listed = self.keys.listed(kv_head, num_tokens - 1, pi)
+            log_weights = torch.where(listed, -pi.log(), -math.inf)
+            weights.append(log_weights.expand(len(queries), -1))
+        return torch.cat(weights).to(step.logits.dtype)
+
+    def inclusion(self, log_shares: torch.Tensor, limit: int) -> torch.Tensor:
+        gain, m = self.settings.row_gain, log_shares.shape[1]
+        if gain is None:
+            return signature_reference.budget_inclusion(log_shares, limit)
+        alike = log_shares.new_ones(len(log_shares))
+        least = min(m, max(LEAST_GAIN_ROWS, LEAST_GAIN_SHARE * m))
+        return signature_reference.gain_inclusion(
+            log_shares, alike, gain, least, max(least, MOST_GAIN_SHARE * m)
+        )
+
+
 METHODS: dict[str, type[Method]] = {
     "exact": Exact,
     "magicpig": MagicPig,
+    "signatures": SignatureList,
     "top-k": TopK,
     "oracle-sampling": OracleSampling,
     "quest": Quest,

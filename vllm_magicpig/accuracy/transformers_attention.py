@@ -103,8 +103,7 @@ class MethodRun:
             method.observe(key.to(torch.promote_types(key.dtype, torch.float32)))
             return None
         out, rows = method.attend(query[:, 0], key, value)
-        options = self.settings.options
-        middle = max(n - options.sink_tokens - options.window_tokens, 0)
+        middle = len(method.middle(n))
         self.rows_read.append(RowsRead(layer_index, n, middle, tuple(rows.tolist())))
         return out[:, None]
 
