@@ -3,9 +3,11 @@ its parent takes."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -13,19 +15,13 @@ from typing import Any
 import pytest
 import test_device_worker
 import vllm
-from our_code import ROOT
+from our_code import ROOT, sources
 from packaging.version import Version
 
-OWN = {
-    "bind", "stats", "page_use", "count_reuse",  # MagicPigImpl
-    "magicpig_stats", "magicpig_save_centers",  # workers
-    "check_options",  # platforms
-    "decode_batch", "num_decodes",  # steps
-}  # fmt: skip
-"""Public methods that are ours alone. Any other one overrides one of vLLM's; where vLLM has renamed
-that one, ours would never be called."""
+OURS = ("_", "magicpig_")
+"""How methods begin that are for this package, or for collective_rpc."""
 NEWER = {"get_kv_connector_output": (0, 33)}
-"""Those that an earlier vLLM has no use for."""
+"""Overrides that an earlier vLLM has no use for."""
 
 
 def our_classes() -> Iterator[type[Any]]:
@@ -73,17 +69,43 @@ def test_overrides_take_what_vllm_passes(cls: type[Any]) -> None:
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
-def test_public_methods_override_or_are_ours(cls: type[Any]) -> None:
+def test_public_methods_override_or_are_called_by_us(cls: type[Any]) -> None:
+    """Where vLLM has renamed the one that ours overrides, ours would never be called."""
     overriding = {(owner, name) for owner, name, _, _ in overrides(cls)}
     release = Version(vllm.__version__).release
-    own = OWN | {name for name, since in NEWER.items() if release < since}
+    newer = {name for name, since in NEWER.items() if release < since}
     dead = [
         f"{owner.__name__}.{name}"
         for owner in ours_of(cls)
         for name in methods(owner)
-        if not name.startswith("_") and (owner, name) not in overriding and name not in own
+        if not name.startswith(OURS)
+        and (owner, name) not in overriding
+        and name not in called_by_us() | newer
     ]
-    assert dead == [], "no class of vLLM has a method of that name, or OWN lacks one of ours"
+    assert dead == []
+
+
+def test_overrides_are_not_taken_for_ours() -> None:
+    called = called_by_us()
+    assert {"bind", "count_reuse"} <= called
+    assert not {
+        "customize_spec", "determine_available_memory", "initialize_from_config", "sample_tokens",
+        "process_weights_after_loading", "check_and_update_config", "update_block_size_for_backend",
+        "supported_kv_cache_layouts", "get_builder_cls", "build", "load_model",
+    } & called  # fmt: skip
+
+
+@cache
+def called_by_us() -> frozenset[str]:
+    """Names that the package asks objects for, other than of super() and of what it stands before."""
+    names = set()
+    for source in sources(("vllm_magicpig",)):
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.Attribute):
+                owner = ast.unparse(node.value)
+                if not owner.startswith("super()") and not owner.endswith((".impl", "._output")):
+                    names.add(node.attr)
+    return frozenset(names)
 
 
 def ours_of(cls: type[Any]) -> list[type[Any]]:
