@@ -382,7 +382,7 @@ def test_a_missing_isa_is_named() -> None:
     calls: list[Callable[[_C.Isa], object]] = [
         lambda isa: sample(isa=isa),
         lambda isa: decode(isa=isa),
-        lambda isa: _C.InclusionTable(3, 4, 1).log_u(zeros(2), isa),
+        lambda isa: _C.InclusionTable(3, 4).log_u(zeros(2), 1, 1.0, isa),
         lambda isa: _C.pack_codes(zeros(2, 8), 4, isa, pool()),
     ]
     for name in MISSING_ISAS:
