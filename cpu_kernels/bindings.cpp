@@ -50,9 +50,11 @@ Isa resolve_isa(const std::string& name) {
          "; name one of them.");
 }
 
-std::unique_ptr<ThreadPool> make_pool(const std::vector<int>& cpus) {
+std::unique_ptr<ThreadPool> make_pool(const std::vector<int>& cpus, int64_t spin_us) {
+  constexpr int kLongestSpinUs = 10'000'000;
+  const ThreadPool::Microseconds spin(in_range("spin_us", spin_us, 0, kLongestSpinUs));
   py::gil_scoped_release release;
-  return std::make_unique<ThreadPool>(cpus);
+  return std::make_unique<ThreadPool>(cpus, spin);
 }
 
 std::shared_ptr<ThreadPool> make_openmp_pool(int64_t num_threads) {
@@ -371,9 +373,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("resolve_isa", &resolve_isa, arg("name"));
 
   py::class_<ThreadPool, std::shared_ptr<ThreadPool>>(m, "ThreadPool")
-      .def(py::init(&make_pool), arg("cpus"))
+      .def(py::init(&make_pool), arg("cpus"), arg("spin_us") = ThreadPool::kSpin.count())
       .def_static("of_openmp", &make_openmp_pool, arg("num_threads"))
-      .def_property_readonly("num_threads", [](const ThreadPool& p) { return p.num_threads(); });
+      .def_property_readonly("num_threads", [](const ThreadPool& p) { return p.num_threads(); })
+      .def_property_readonly("spin_us", [](const ThreadPool& p) { return p.spin().count(); })
+      .def_property_readonly("num_sleeping", [](const ThreadPool& p) { return p.num_sleeping(); })
+      .def_property_readonly("num_wakes", [](const ThreadPool& p) { return p.num_wakes(); });
 
   py::class_<BoundPages, std::shared_ptr<BoundPages>>(m, "Pages")
       .def(py::init(&make_pages), array_arg("memory"), arg("row_dtype"), arg("block_size"),

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -38,8 +39,14 @@ bool pin_this_thread(int cpu);
 /// Create a pool after fork(): its threads do not exist in the child, where run() throws.
 class ThreadPool {
  public:
+  using Microseconds = std::chrono::microseconds;
+  /// Waking a sleeper costs about as much.
+  static constexpr Microseconds kSpin{40};
+
+  /// spin: how long after a job threads look for the next one before they sleep. Jobs that come
+  /// within it wake nobody; a pool without jobs uses no CPU.
   /// Throws std::invalid_argument when cpus is empty or names a CPU this process may not use.
-  explicit ThreadPool(const std::vector<int>& cpus);
+  explicit ThreadPool(const std::vector<int>& cpus, Microseconds spin = kSpin);
   /// So many threads of the process's OpenMP runtime, the caller's team, wherever they are bound.
   /// Throws std::runtime_error where it holds none.
   explicit ThreadPool(int num_openmp_threads);
@@ -77,6 +84,28 @@ class ThreadPool {
   };
   bool in_use() const { return uses_.load(std::memory_order_relaxed) > 0; }
 
+  /// Somebody else has work for the pool's CPUs: its threads spin no longer than kSpin meanwhile.
+  /// Beside one that spins, a niced thread would get a tenth of the CPU.
+  class Guest {
+   public:
+    explicit Guest(const ThreadPool* pool) : pool_(pool) {
+      if (pool_ != nullptr) pool_->guests_.fetch_add(1);
+    }
+    ~Guest() {
+      if (pool_ != nullptr) pool_->guests_.fetch_sub(1);
+    }
+    Guest(const Guest&) = delete;
+    Guest& operator=(const Guest&) = delete;
+
+   private:
+    const ThreadPool* pool_;  // null: of no pool
+  };
+
+  Microseconds spin() const { return spin_; }
+  /// Threads that sleep now, and jobs that had to wake some; 0 on OpenMP's threads.
+  int num_sleeping() const;
+  uint64_t num_wakes() const;
+
  private:
   struct Workers;  // on the heap, so that a forked child can forget it
 
@@ -84,7 +113,9 @@ class ThreadPool {
   void enter(const std::function<void(int thread)>& body);
 
   std::atomic<int> uses_{0};
+  mutable std::atomic<int> guests_{0};
 
+  const Microseconds spin_;
   const int num_threads_;
   const long owner_pid_;
   std::unique_ptr<Workers> workers_;  // null on OpenMP's threads

@@ -95,6 +95,7 @@ struct SegmentBuilder::Worker {
       const std::vector<LshIndex::Stretch> stretches = next();  // sets running
       lock.unlock();
       try {
+        const ThreadPool::Guest on_its_cpus(gives_way_to.get());
         running->build(stretches, *pool, gives_way_to.get());  // frees what is stale, too
       } catch (...) {
         errors.note(std::current_exception());

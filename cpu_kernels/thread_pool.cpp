@@ -8,6 +8,7 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <exception>
@@ -21,9 +22,7 @@
 namespace magicpig {
 namespace {
 
-/// Workers spin this long after a job: the next layer's call usually comes within it, and waking a
-/// sleeper costs about as much.
-constexpr auto kSpin = std::chrono::microseconds(40);
+using Microseconds = ThreadPool::Microseconds;
 
 void pause_cpu() {
 #if defined(__x86_64__)
@@ -33,23 +32,24 @@ void pause_cpu() {
 #endif
 }
 
-/// Spins until done() holds, at most for kSpin; returns whether it holds.
-template <class Done>
-bool spin_until(const Done& done) {
-  const auto deadline = std::chrono::steady_clock::now() + kSpin;
+/// Spins until done() holds, at most for longest(), which is asked again and again; returns whether
+/// it holds.
+template <class Done, class Longest>
+bool spin_until(const Done& done, const Longest& longest) {
+  const auto start = std::chrono::steady_clock::now();
   do {
     for (int i = 0; i < 64; ++i) {
       if (done()) return true;
       pause_cpu();
     }
-  } while (std::chrono::steady_clock::now() < deadline);
+  } while (std::chrono::steady_clock::now() - start < longest());
   return done();
 }
 
 /// For what other threads are about to end; whoever else wants this core gets it.
 template <class Done>
 void wait_until(const Done& done) {
-  if (spin_until(done)) return;
+  if (spin_until(done, [] { return ThreadPool::kSpin; })) return;
   while (!done()) std::this_thread::yield();
 }
 
@@ -191,6 +191,9 @@ void check_cpus(const std::vector<int>& cpus) {
 }  // namespace
 
 struct ThreadPool::Workers {
+  explicit Workers(const ThreadPool& owner) : pool(owner) {}
+
+  const ThreadPool& pool;
   std::vector<std::thread> threads;
   std::mutex run_mutex;
 
@@ -206,6 +209,7 @@ struct ThreadPool::Workers {
   std::condition_variable wake;
   std::condition_variable left;
   std::atomic<int> sleepers{0};
+  std::atomic<uint64_t> wakes{0};
 
   ~Workers() {
     {
@@ -214,6 +218,13 @@ struct ThreadPool::Workers {
     }
     wake.notify_all();
     for (std::thread& thread : threads) thread.join();
+  }
+
+  auto longest_spin() const {
+    return [this] {
+      const bool guests = pool.guests_.load(std::memory_order_relaxed) > 0;
+      return guests ? std::min(kSpin, pool.spin_) : pool.spin_;
+    };
   }
 
   void enter(const std::function<void(int)>& job_body) {
@@ -227,13 +238,14 @@ struct ThreadPool::Workers {
         std::lock_guard<std::mutex> lock(sleep_mutex);
       }
       wake.notify_all();
+      wakes.fetch_add(1, std::memory_order_relaxed);
     }
 
     job_body(0);
 
     gate.fetch_or(kClosed);
     const auto empty = [this] { return gate.load() == kClosed; };
-    if (!spin_until(empty)) {
+    if (!spin_until(empty, longest_spin())) {
       std::unique_lock<std::mutex> lock(sleep_mutex);
       left.wait(lock, empty);
     }
@@ -243,7 +255,7 @@ struct ThreadPool::Workers {
     uint64_t seen = 0;
     const auto called = [&] { return generation.load() != seen || stopping.load(); };
     for (;;) {
-      if (!spin_until(called)) {
+      if (!spin_until(called, longest_spin())) {
         std::unique_lock<std::mutex> lock(sleep_mutex);
         sleepers.fetch_add(1);
         wake.wait(lock, called);
@@ -269,10 +281,10 @@ struct ThreadPool::Workers {
 
 bool pin_this_thread(int cpu) { return pin(pthread_self(), cpu); }
 
-ThreadPool::ThreadPool(const std::vector<int>& cpus)
-    : num_threads_(static_cast<int>(cpus.size())), owner_pid_(getpid()) {
+ThreadPool::ThreadPool(const std::vector<int>& cpus, Microseconds spin)
+    : spin_(spin), num_threads_(static_cast<int>(cpus.size())), owner_pid_(getpid()) {
   check_cpus(cpus);
-  workers_ = std::make_unique<Workers>();
+  workers_ = std::make_unique<Workers>(*this);
   for (int thread = 1; thread < num_threads_; ++thread) {
     workers_->threads.emplace_back(&Workers::work, workers_.get(), thread);
     pin(workers_->threads.back().native_handle(), cpus[thread]);
@@ -286,11 +298,15 @@ ThreadPool::~ThreadPool() {
 }
 
 ThreadPool::ThreadPool(int num_openmp_threads)
-    : num_threads_(num_openmp_threads), owner_pid_(getpid()), openmp_(find_openmp()) {
+    : spin_(0), num_threads_(num_openmp_threads), owner_pid_(getpid()), openmp_(find_openmp()) {
   if (openmp_ == nullptr)
     throw std::runtime_error(
         "This process holds no OpenMP runtime; import torch before, or make a pool of CPUs.");
 }
+
+int ThreadPool::num_sleeping() const { return workers_ ? workers_->sleepers.load() : 0; }
+
+uint64_t ThreadPool::num_wakes() const { return workers_ ? workers_->wakes.load() : 0; }
 
 void ThreadPool::enter(const std::function<void(int)>& body) {
   if (getpid() != owner_pid_)

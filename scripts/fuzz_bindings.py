@@ -320,6 +320,7 @@ ARGUMENTS: dict[str, Callable[[Case], Any]] = {
     "step": made("StreamStep"),
     "isa": isa,
     "cpus": cpus,
+    "spin_us": lambda case: case.rng.choice([0, 40, 500]),
     "gives_way_to": lambda case: made("ThreadPool")(case) if case.rng.random() < 0.5 else None,
     "name": lambda case: case.rng.choice(list(_C.Isa.__members__)),
     "Isa.value": lambda case: case.rng.randrange(4),

@@ -23,6 +23,7 @@ from vllm_magicpig.device_step import make_device_step
 from vllm_magicpig.device_worker import DevicePagesWorker
 from vllm_magicpig.key_center import KeyCenter
 from vllm_magicpig.stats import PageUse
+from vllm_magicpig.worker import MagicPigWorker
 
 GIB = 1 << 30
 SPEC = FullAttentionSpec(block_size=128, num_kv_heads=2, head_size=64, dtype=torch.float32)
@@ -162,6 +163,13 @@ def run(worker: Worker, query_len: int, seq_len: int, block: int = 1) -> None:
     for _, impl in worker._sampled_layers():
         query, key, value = (torch.randn(query_len, heads, 64) for heads in (4, 2, 2))
         impl.forward(None, query, key, value, torch.empty(0), step, torch.empty_like(query))
+
+
+def test_the_kernels_threads_wait_for_the_next_layer_and_no_others_do() -> None:
+    """500 us: a device's own work between two layers takes 100 and more."""
+    worker = Worker({})
+    assert worker._make_pool().spin_us == device_worker.SPIN_US >= 300
+    assert MagicPigWorker._make_pool(worker).spin_us == 40
 
 
 def test_block_tables_are_those_of_the_length_that_vllm_has_settled_on() -> None:

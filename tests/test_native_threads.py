@@ -7,8 +7,13 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
+from collections.abc import Callable
 
+import numpy as np
 import pytest
+import torch
+from native_helpers import Layer
 
 from vllm_magicpig import _C
 
@@ -84,6 +89,69 @@ def test_a_forked_child_is_told_and_neither_hangs_nor_crashes() -> None:
         print(os.waitstatus_to_exitcode(status), int(_C.pack_codes(x, 4, isa, pool).sum()))
     """
     assert run(script).split() == ["7", "30000"]
+
+
+LONGEST_SPIN_US = 10_000_000
+
+
+def run_job(pool: _C.ThreadPool) -> None:
+    _C.pack_codes(np.ones((5000, 8), np.float32), 4, _C.resolve_isa("auto"), pool)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_a_job_within_the_spin_wakes_nobody() -> None:
+    pool = _C.ThreadPool([CPUS[0], CPUS[-1]], spin_us=LONGEST_SPIN_US)
+    for _ in range(5):
+        time.sleep(0.02)
+        run_job(pool)
+    assert (pool.num_sleeping, pool.num_wakes) == (0, 0)
+
+
+@pytest.mark.parametrize("spin_us", [0, 500])
+def test_threads_that_nobody_calls_sleep_and_a_job_wakes_them(spin_us: int) -> None:
+    pool = _C.ThreadPool([CPUS[0], CPUS[-1], CPUS[0]], spin_us)
+    assert pool.spin_us == spin_us
+    wait_for(lambda: pool.num_sleeping == 2)
+    for wakes in range(1, 4):
+        run_job(pool)
+        assert pool.num_wakes == wakes
+        wait_for(lambda: pool.num_sleeping == 2)
+
+
+def test_threads_leave_their_cpus_to_a_builder() -> None:
+    """However long they may spin."""
+    steps = _C.ThreadPool([CPUS[0], CPUS[-1]], LONGEST_SPIN_US)
+    layer = Layer(64, num_tables=255, num_bits=12, levels=[32])
+    layer.store_codes(np.arange(64), 0, torch.zeros(1, 2048, 255, dtype=torch.int32))
+    tables, lens = np.arange(64, dtype=np.int32)[None], np.array([2048], np.int32)
+    alone = _C.SegmentBuilder([CPUS[0]])
+    alone.ask(layer.index, tables, lens)
+    alone.drain()
+    assert layer.index.num_segments == 64
+    assert steps.num_sleeping == 0
+
+    beside = _C.SegmentBuilder([CPUS[0]], gives_way_to=steps)
+
+    def asleep_after_another_build() -> bool:
+        layer.index.clear()
+        beside.ask(layer.index, tables, lens)
+        beside.drain()
+        return steps.num_sleeping == 1
+
+    del alone  # an index has one builder
+    wait_for(asleep_after_another_build)
+
+
+@pytest.mark.parametrize("spin_us", [-1, LONGEST_SPIN_US + 1])
+def test_a_spin_out_of_range_is_named(spin_us: int) -> None:
+    with pytest.raises(ValueError, match=f"spin_us is {spin_us}, but must .*10000000"):
+        _C.ThreadPool(CPUS[:1], spin_us)
 
 
 def test_a_missing_cpu_is_named() -> None:

@@ -34,16 +34,28 @@ def resolve_isa(name: str) -> Isa:
 class ThreadPool:
     """Worker threads, one pinned to each CPU of `cpus`; the calling thread stands in for the first.
 
+    spin_us: how long after a job they look for the next one before they sleep, at most 10,000,000; a
+    job that comes within it wakes nobody. While a SegmentBuilder that gives way to the pool builds,
+    they spin for 40 us at most.
     An empty or failing pin (a CPU that the process may not use) raises ValueError.
     """
 
-    def __init__(self, cpus: Sequence[int]) -> None: ...
+    def __init__(self, cpus: Sequence[int], spin_us: int = 40) -> None: ...
     @staticmethod
     def of_openmp(num_threads: int) -> ThreadPool:
         """Of the threads of the process's OpenMP runtime, which are wherever that has bound them: the
         calling thread's team, as in torch's own operations. RuntimeError where there is none."""
     @property
     def num_threads(self) -> int: ...
+    @property
+    def spin_us(self) -> int:
+        """0 on OpenMP's threads, which wait as their runtime does."""
+    @property
+    def num_sleeping(self) -> int:
+        """Threads that sleep now."""
+    @property
+    def num_wakes(self) -> int:
+        """Jobs that had to wake threads."""
 
 class Pages:
     """The host pages of one sparse layer: rows, codes and write epochs.

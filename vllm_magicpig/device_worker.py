@@ -10,7 +10,7 @@ import torch
 from vllm.logger import init_logger
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from vllm_magicpig import capacity
+from vllm_magicpig import _C, capacity
 from vllm_magicpig.device import Device
 from vllm_magicpig.device_backend import DevicePageBackend
 from vllm_magicpig.device_buffers import DeviceBuffers, LayerShape
@@ -19,6 +19,11 @@ from vllm_magicpig.host_pool import HostPool, free_ram_bytes
 from vllm_magicpig.worker import MagicPigWorker
 
 logger = init_logger("vllm.magicpig.worker")
+
+SPIN_US = 500
+"""How long the kernel's threads wait for the next layer's decode before they sleep: between two lie the
+device's projections and MLP, 100 us for an 8B model, and its copies. The threads of a server without
+requests sleep."""
 
 
 class DevicePagesWorker(MagicPigWorker):
@@ -109,6 +114,9 @@ class DevicePagesWorker(MagicPigWorker):
         )
 
     # ------------------------------------------------------------------------------------ layers
+
+    def _make_pool(self) -> _C.ThreadPool:
+        return _C.ThreadPool(self._kernel_cpus(), SPIN_US)
 
     def _sampled_backend(self) -> type[Any]:
         return DevicePageBackend
