@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from native_helpers import ISA_NAMES
 
-from vllm_magicpig.config import MagicPigOptions, parse_options
+from vllm_magicpig.config import COMPILE_KEY, MagicPigOptions, parse_options
 
 
 def parse(**options: Any) -> MagicPigOptions:
@@ -101,6 +101,30 @@ def test_min_matches_cannot_exceed_the_tables() -> None:
 def test_an_unknown_option_suggests_a_known_one() -> None:
     with pytest.raises(ValueError, match=r"'windows_tokens' is unknown.*'window_tokens'\?"):
         parse(windows_tokens=32)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["magic_pig", "magic-pig", "MagicPig", "MAGICPIG", "magicpigs", "magipig", "vllm_magicpig"],
+)
+def test_options_under_almost_the_right_name_are_not_left_unread(key: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse_options({key: {"K": 8}})
+    assert str(caught.value) == (
+        f'additional_config has {key!r} and no "magicpig", under which magicpig looks for its options; '
+        'rename it to "magicpig".'
+    )
+
+
+def test_options_outside_their_object_are_not_left_unread() -> None:
+    with pytest.raises(ValueError, match=r"option 'K' at its top, .* under \"magicpig\"; pass"):
+        parse_options({"another": {"plugin": 1}, "K": 8})
+
+
+def test_other_plugins_keys_are_theirs_and_the_compile_key_is_ours() -> None:
+    assert parse_options({COMPILE_KEY: {"K": 3}}) == MagicPigOptions()
+    assert parse_options({"magic": 1, "pig": {"K": 3}, "magnet": 2}) == MagicPigOptions()
+    assert parse_options({"magicpig": {"K": 3}, "magic_pig": 1, "seed": 5}).K == 3
 
 
 def test_the_options_must_be_an_object() -> None:

@@ -44,11 +44,17 @@ def test_one_cpu_of_each_physical_core(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpus.kernel_cpus(None) == [0, 1]
 
 
-def test_more_threads_than_cores_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {6, 8})
-    monkeypatch.setattr(cpus, "_siblings", str)
-    assert cpus.kernel_cpus(5) == [6, 8, 6, 8, 6]
+def test_more_threads_than_cores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {6, 7, 8})
+    monkeypatch.setattr(cpus, "_siblings", lambda cpu: "6,7" if cpu < 8 else "8,9")
+    assert cpus.kernel_cpus(2) == [6, 8]
     assert cpus.kernel_cpus(1) == [6]
+    with pytest.raises(ValueError) as caught:
+        cpus.kernel_cpus(4096)
+    assert str(caught.value) == (
+        "magicpig option threads is 4096, but must be 1 to 2, the physical cores that this worker may "
+        "use, or null; correct it in --additional-config."
+    )
 
 
 def test_segments_are_built_where_the_kernel_is_not_if_there_is_room(
@@ -85,9 +91,11 @@ def test_ranks_of_one_node_and_ranks_of_unknown_nodes_share_cores_without_overla
 
 
 @pytest.mark.usefixtures("sixteen_cpus")
-def test_more_ranks_than_cores_share_them_and_threads_given_wrap_around() -> None:
+def test_more_ranks_than_cores_share_them_but_a_rank_has_no_more_threads_than_cores() -> None:
     assert cpus.rank_cpus(None, 19, 20, None) != []
-    assert cpus.rank_cpus(6, 1, 4, None) == [4, 5, 6, 7, 4, 5]
+    assert cpus.rank_cpus(4, 1, 4, None) == [4, 5, 6, 7]
+    with pytest.raises(ValueError, match="threads is 6, but must be 1 to 4, the physical cores"):
+        cpus.rank_cpus(6, 1, 4, None)
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,14 @@ def config(attention_backend=backend, options=None, **changes):
         additional_config={} if options is None else {"magicpig": options},
         model_config=NS(
             use_mla=False, is_hybrid=False, is_attention_free=False, is_encoder_decoder=False,
-            is_mm_prefix_lm=False, dtype="torch.bfloat16",
+            is_mm_prefix_lm=False, is_diffusion=False, runner_type="generate",
+            attention_chunk_size=None, dtype="torch.bfloat16",
             enable_sleep_mode=changes.pop("sleep", False), get_total_num_hidden_layers=lambda: 3,
         ),
-        cache_config=NS(cache_dtype="auto", block_size=16, user_specified_block_size=False),
+        cache_config=NS(
+            cache_dtype="auto", block_size=16, user_specified_block_size=False,
+            kv_offloading_size=None,
+        ),
         parallel_config=NS(
             decode_context_parallel_size=1, prefill_context_parallel_size=1, worker_cls="auto",
             use_ubatching=changes.pop("ubatching", False),

@@ -39,7 +39,10 @@ def config(center: str, backend: str = "MAGICPIG") -> Any:
         speculative_config=None,
         kv_transfer_config=None,
         cache_config=SimpleNamespace(
-            cache_dtype="auto", block_size=16, user_specified_block_size=False
+            cache_dtype="auto",
+            block_size=16,
+            user_specified_block_size=False,
+            kv_offloading_size=None,
         ),
         parallel_config=SimpleNamespace(
             worker_cls="worker", decode_context_parallel_size=1, prefill_context_parallel_size=1
@@ -51,6 +54,9 @@ def config(center: str, backend: str = "MAGICPIG") -> Any:
             is_hybrid=False,
             is_attention_free=False,
             is_encoder_decoder=False,
+            is_diffusion=False,
+            runner_type="generate",
+            attention_chunk_size=None,
             get_total_num_hidden_layers=lambda: 3,
             get_total_num_kv_heads=lambda: 2,
         ),
@@ -113,3 +119,67 @@ def test_a_kind_of_layer_alone_cannot_have_magicpig(collector: MagicPigCollector
         ValueError, match="chosen in backend_per_kind, but it has to be the backend"
     ):
         Platform.check_and_update_config(chosen)
+
+
+@pytest.mark.parametrize(
+    ("dense_layers", "sentence"),
+    [
+        ([99], r"dense_layers \[99\] of a model of 3 layers, .* indices from 0 to 2; correct it"),
+        ([0, 3, 4], r"dense_layers \[3, 4\] of a model of 3 layers"),
+        (
+            [0, 1, 2],
+            r"a model whose 3 attention layers are all dense \(0 of them .* pass \"dense_layers",
+        ),
+    ],
+)
+def test_dense_layers_are_layers_of_the_model_and_leave_some_to_sample(
+    collector: MagicPigCollector, dense_layers: list[int], sentence: str
+) -> None:
+    chosen = config("none")
+    chosen.additional_config["magicpig"]["dense_layers"] = dense_layers
+    with pytest.raises(ValueError, match=sentence):
+        Platform.check_and_update_config(chosen)
+    chosen.additional_config["magicpig"]["dense_layers"] = [0, 2]
+    Platform.check_and_update_config(chosen)
+
+
+def test_a_model_of_one_layer_has_none_to_sample_by_default(collector: MagicPigCollector) -> None:
+    chosen = config("none")
+    chosen.model_config.get_total_num_hidden_layers = lambda: 1
+    with pytest.raises(ValueError, match=r"whose 1 attention layers are all dense"):
+        Platform.check_and_update_config(chosen)
+
+
+def test_a_worker_class_without_magicpig_ends_the_start(collector: MagicPigCollector) -> None:
+    """Its layers would never get pages, and answer with zeros."""
+    chosen = config("none")
+    chosen.parallel_config.worker_cls = "vllm.v1.worker.worker_base.WorkerBase"
+    with pytest.raises(ValueError, match=r"worker class vllm\.v1\.worker\.worker_base\.WorkerBase"):
+        Platform.check_and_update_config(chosen)
+    chosen.parallel_config.worker_cls = "fake_device_worker.FakeDeviceWorker"
+    Platform.check_and_update_config(chosen)
+    assert chosen.parallel_config.worker_cls == "fake_device_worker.FakeDeviceWorker"
+
+
+def test_other_backends_for_some_kinds_end_the_start(collector: MagicPigCollector) -> None:
+    chosen = config("none")
+    chosen.attention_config.backend_per_kind = {
+        "sliding_window": SimpleNamespace(name="FLASH_ATTN")
+    }
+    with pytest.raises(ValueError, match=r"names other backends for sliding_window, .* drop"):
+        Platform.check_and_update_config(chosen)
+
+
+def test_options_without_the_backend_are_said_to_do_nothing(
+    collector: MagicPigCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("vllm_magicpig.platform_hooks.logger.warning", said.append)
+    chosen = config("none", backend="CPU_ATTN")
+    Platform.check_and_update_config(chosen)
+    assert len(said) == 1
+    assert "pass --attention-backend magicpig" in said[0]
+    chosen.additional_config = {"another": {}}
+    Platform.check_and_update_config(chosen)
+    Platform.check_and_update_config(config("none"))
+    assert len(said) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from vllm_magicpig.step import Chunk, make_step
@@ -17,6 +18,7 @@ def metadata(
     num_tokens = int(starts[-1])
     made = {
         "query_start_loc_cpu": starts,
+        "causal": True,
         "num_reqs": len(query_lens),
         "num_actual_tokens": num_tokens,
         "seq_lens": torch.tensor(seq_lens, dtype=torch.int32),
@@ -72,3 +74,10 @@ def test_the_runners_buffers_are_copied() -> None:
     source.block_table_tensor[:] = 0
     assert step.seq_lens.tolist() == [4]
     assert step.block_tables.tolist() == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("causal", [False, torch.tensor([True, False])])
+def test_attention_in_both_directions_is_refused(causal: Any) -> None:
+    """Whatever vLLM put before the backend or learnt since: never a wrong answer."""
+    with pytest.raises(NotImplementedError, match="in both directions, it supports causal"):
+        make_step(metadata([2, 1], [2, 9], [True, False], causal=causal))

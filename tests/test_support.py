@@ -18,9 +18,12 @@ def config(**changes: Any) -> SimpleNamespace:
             is_hybrid=False,
             is_attention_free=False,
             is_encoder_decoder=False,
+            is_diffusion=False,
+            runner_type="generate",
+            attention_chunk_size=None,
             dtype="torch.float16",
         ),
-        cache_config=SimpleNamespace(cache_dtype="auto", block_size=128),
+        cache_config=SimpleNamespace(cache_dtype="auto", block_size=128, kv_offloading_size=None),
         parallel_config=SimpleNamespace(
             decode_context_parallel_size=1, prefill_context_parallel_size=1
         ),
@@ -52,6 +55,7 @@ def test_ordinary_models_pass() -> None:
     check_config(config())
     check_config(config(cache_config__cache_dtype="float16"))
     check_config(config(model_config=None))
+    check_config(config(model_config__attention_chunk_size=8192))
     check_layer(**LAYER)
     check_layer(**LAYER | {"extra": {"sinks": None}})
 
@@ -63,6 +67,10 @@ def test_ordinary_models_pass() -> None:
         ({"model_config__is_hybrid": True}, "Mamba"),
         ({"model_config__is_attention_free": True}, "Mamba"),
         ({"model_config__is_encoder_decoder": True}, "encoder-decoder"),
+        ({"model_config__is_diffusion": True}, "diffusion"),
+        ({"model_config__runner_type": "pooling"}, "a pooling model, which never decodes"),
+        ({"model_config__attention_chunk_size": 64}, "chunks of 64 tokens with block size 128"),
+        ({"cache_config__kv_offloading_size": 4.0}, "(--kv-offloading-size 4.0)"),
         ({"cache_config__cache_dtype": "fp8_e4m3"}, "fp8_e4m3"),
         ({"cache_config__cache_dtype": "bfloat16"}, "bfloat16 for a model in float16"),
         ({"cache_config__block_size": 16}, "block size 16"),
@@ -96,6 +104,29 @@ def test_refused_layers(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError) as caught:
         check_layer(**LAYER | change)
     assert_sentence(str(caught.value), named)
+
+
+@pytest.mark.parametrize(
+    ("chunk_size", "remedy"),
+    [
+        (64, "pass --block-size 64"),
+        (96, "pass --block-size 96"),
+        (160, "pass --block-size 32"),
+        (48, "choose another --attention-backend for it"),
+    ],
+)
+def test_a_block_size_that_divides_the_chunks_is_named(chunk_size: int, remedy: str) -> None:
+    with pytest.raises(ValueError, match=rf"blocks that divide the chunks; {remedy}\.$"):
+        check_config(config(model_config__attention_chunk_size=chunk_size))
+
+
+def test_the_flag_that_was_set_is_the_flag_to_drop() -> None:
+    """vLLM makes a connector of --kv-offloading-size, after the first check and before the second."""
+    connector = SimpleNamespace(kv_connector="OffloadingConnector")
+    with pytest.raises(ValueError, match=r"drop --kv-offloading-size\.$"):
+        check_config(config(cache_config__kv_offloading_size=4.0, kv_transfer_config=connector))
+    with pytest.raises(ValueError, match=r"drop --kv-transfer-config\.$"):
+        check_config(config(kv_transfer_config=connector))
 
 
 def assert_sentence(text: str, named: str) -> None:

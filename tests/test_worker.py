@@ -15,6 +15,7 @@ from native_helpers import Layer
 from vllm_magicpig.backend import MagicPigImpl
 from vllm_magicpig.capacity import content_bytes
 from vllm_magicpig.config import parse_options
+from vllm_magicpig.cpus import kernel_cpus
 from vllm_magicpig.host_layer import HostLayer
 from vllm_magicpig.key_center import KeyCenter
 from vllm_magicpig.published_stats import read_ranks
@@ -33,9 +34,14 @@ class VllmWorker:
             additional_config={"magicpig": options},
             compilation_config=SimpleNamespace(static_forward_context={}),
             instance_id=INSTANCE,
+            model_config=SimpleNamespace(max_model_len=4096),
         )
         self.parallel_config = SimpleNamespace(data_parallel_index=0, rank=1)
         self.threads_at_shutdown: set[str] | None = None
+        self.has_loaded = False
+
+    def load_model(self) -> None:
+        self.has_loaded = True
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         pass
@@ -214,3 +220,49 @@ def test_a_worker_that_cannot_publish_serves(
     worker.initialize_from_config(None)
     assert worker.execute_model(STEP) == "output"
     worker.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"threads": 4096}, "threads is 4096, but must be 1 to "),
+        ({"isa": "avx512"}, "this build and CPU have"),
+    ],
+)
+def test_what_the_machine_lacks_is_said_before_the_weights_are_read(
+    options: dict[str, Any], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resolve_isa(name: str) -> None:
+        if name != "auto":
+            raise ValueError(f"isa is {name}, but this build and CPU have others")
+
+    monkeypatch.setattr("vllm_magicpig._C.resolve_isa", resolve_isa)
+    worker = Worker(options)
+    monkeypatch.setattr(worker, "_kernel_cpus", lambda: kernel_cpus(worker._options.threads))
+    with pytest.raises(ValueError, match=sentence):
+        worker.load_model()
+    assert not worker.has_loaded
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({}, False),
+        ({"K": 0, "window_tokens": 1 << 20}, False),
+        ({"exact_below": 4096 - 4 - 64}, False),
+        ({"exact_below": 4096 - 4 - 64 + 1}, True),
+        ({"window_tokens": 4096}, True),
+        ({"sink_tokens": 5000}, True),
+    ],
+)
+def test_options_under_which_nothing_can_be_sampled_are_warned_of(
+    options: dict[str, Any], warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(
+        "vllm_magicpig.worker.logger.warning", lambda text, *values: said.append(text % values)
+    )
+    worker = Worker(options)
+    worker.initialize_from_config(None)
+    worker.shutdown()
+    assert [("max_model_len = 4096" in text) for text in said] == [True] * warned

@@ -13,9 +13,6 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.model_executor.models.utils import extract_layer_index
-from vllm.platforms import current_platform
-from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -25,8 +22,6 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_magicpig import BACKEND_NAME
@@ -146,8 +141,8 @@ class SampledLayer(Protocol):
 
 
 class MagicPigImpl(AttentionImpl[Any]):
-    """Attention of one layer. `process_weights_after_loading` replaces it by the platform's own
-    impl in dense layers; the worker gives the others their pages through `bind`."""
+    """Attention of one layer. In dense layers layer_selection.py replaces it by the platform's own
+    impl; the worker gives the others their pages through `bind`."""
 
     def __init__(
         self,
@@ -179,7 +174,7 @@ class MagicPigImpl(AttentionImpl[Any]):
             kv_sharing_target_layer_name=kv_sharing_target_layer_name,
             extra=extra,
         )
-        self._impl_args = (
+        self.impl_args = (
             num_heads,
             head_size,
             scale,
@@ -192,7 +187,6 @@ class MagicPigImpl(AttentionImpl[Any]):
             kv_sharing_target_layer_name,
         )
         config = get_current_vllm_config()
-        self._layers = config.compilation_config.static_forward_context
         self._first_kv_head = _first_kv_head(config, self.num_kv_heads)
         self.options: MagicPigOptions = parse_options(config.additional_config)
         self.layer_index = -1
@@ -200,22 +194,10 @@ class MagicPigImpl(AttentionImpl[Any]):
         self.sampled: SampledLayer | None = None
         self._segments_reused = 0
 
-    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Finds this impl's layer and decides: dense (also every sliding window) or sampled.
-
-        This runs before vLLM asks the layer for its KV cache spec, and again on a weight reload.
-        """
-        name, layer = next(
-            (name, layer)
-            for name, layer in self._layers.items()
-            if getattr(layer, "impl", None) is self
-        )
-        self.layer_index = extract_layer_index(name)
-        if self.sliding_window is not None or self.options.is_dense(self.layer_index):
-            _make_dense(layer, self._impl_args)
-            layer.impl.process_weights_after_loading(act_dtype)
-            return
-        if self.center is None and not self.options.is_exact:
+    def become_sampled(self, layer_index: int) -> None:
+        """Learns the layer's place in the model, once it is known that the layer is sampled."""
+        self.layer_index = layer_index
+        if not self.options.is_exact:
             self.center = KeyCenter(
                 self.options.center, self.layer_index, self._first_kv_head, self.num_kv_heads
             )
@@ -242,6 +224,11 @@ class MagicPigImpl(AttentionImpl[Any]):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError(
                 "magicpig writes unquantised output; disable fused quantisation."
+            )
+        if key is None or value is None:
+            raise NotImplementedError(
+                "magicpig stores a step's keys and values itself, and this model gives none; choose "
+                "another --attention-backend for it."
             )
         if attn_metadata is None or self.sampled is None:
             return output.zero_()
@@ -288,22 +275,6 @@ class MagicPigImpl(AttentionImpl[Any]):
             table = np.array(block_ids, dtype=np.int32)
             native = index.native
             self._segments_reused += len(native.find(table, num_cached_tokens))
-
-
-def _make_dense(layer: Any, impl_args: tuple[Any, ...]) -> None:
-    """Gives a layer the platform's ordinary backend, as if no backend had been named."""
-    selector = AttentionSelectorConfig(
-        head_size=layer.head_size,
-        dtype=layer.dtype,
-        kv_cache_dtype=layer.kv_cache_dtype,
-        block_size=None,
-        has_sliding_window=layer.sliding_window is not None,
-    )
-    path = current_platform.get_attn_backend_cls(None, selector, layer.num_heads)
-    backend = resolve_obj_by_qualname(path)
-    layer.attn_backend = backend
-    layer.impl = backend.get_impl_cls()(*impl_args)
-    layer.backend = AttentionBackendEnum[backend.get_name()]
 
 
 def _first_kv_head(config: VllmConfig, num_kv_heads: int) -> int:

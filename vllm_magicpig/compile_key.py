@@ -11,10 +11,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from vllm_magicpig.config import MagicPigOptions
-
-COMPILE_KEY = "magicpig_compile_key"
-"""Of additional_config, beside the user's "magicpig"."""
+from vllm_magicpig.config import COMPILE_KEY, MagicPigOptions
 
 
 def add_compile_key(vllm_config: Any, options: MagicPigOptions) -> None:

@@ -15,6 +15,9 @@ SIGNATURE_WORD_BITS = 16
 """With K = 1 a table is a bit, and a token's codes are a signature of L bits in words of so many."""
 
 
+COMPILE_KEY = "magicpig_compile_key"
+"""Of additional_config, beside the user's "magicpig": what compile_key.py puts there."""
+
 CENTERS_WITHOUT_FILE = ("first_prompt", "none")
 
 
@@ -107,10 +110,16 @@ _SCAN_DEFAULTS = {"K": 1, "L": 256, "rows": 0.01}
 _ISAS = ("auto", "avx512_vpopcnt", "avx512", "avx2", "portable")
 
 
+def has_options(additional_config: Any) -> bool:
+    return isinstance(additional_config, Mapping) and "magicpig" in additional_config
+
+
 def parse_options(additional_config: Any) -> MagicPigOptions:
     """MagicPigOptions from vLLM's additional_config; raises ValueError in one sentence."""
     if additional_config is None or not isinstance(additional_config, Mapping):
         return MagicPigOptions()
+    if "magicpig" not in additional_config:
+        _check_no_near_miss(additional_config)
     given = additional_config.get("magicpig", {})
     if not isinstance(given, Mapping):
         raise ValueError(
@@ -130,6 +139,23 @@ def parse_options(additional_config: Any) -> MagicPigOptions:
     options = MagicPigOptions(**{**(_SCAN_DEFAULTS if scans else {}), **checked})
     _check_together(options)
     return options
+
+
+def _check_no_near_miss(additional_config: Mapping[Any, Any]) -> None:
+    """Raises ValueError where options were meant but not found; other plugins' keys are theirs."""
+    known = [field.name for field in fields(MagicPigOptions)]
+    for key in additional_config.keys() - {COMPILE_KEY}:
+        letters = "".join(filter(str.isalpha, str(key).lower()))
+        if "magicpig" in letters or difflib.get_close_matches(letters, ["magicpig"], cutoff=0.8):
+            raise ValueError(
+                f'additional_config has {key!r} and no "magicpig", under which magicpig looks for its '
+                'options; rename it to "magicpig".'
+            )
+        if key in known:
+            raise ValueError(
+                f"additional_config has magicpig option {key!r} at its top, but it must be in an "
+                'object under "magicpig"; pass --additional-config \'{"magicpig": {...}}\'.'
+            )
 
 
 def _check_together(options: MagicPigOptions) -> None:
@@ -165,7 +191,8 @@ def _checked(name: str, value: Any) -> Any:
         low, high, allowed = _INT_RANGES[name]
         return _integer(name, value, low, high, allowed)
     if name == "threads":
-        return None if value is None else _integer(name, value, 1, 4096, "1 to 4096, or null")
+        allowed = "1 to the number of physical cores, or null"
+        return None if value is None else _integer(name, value, 1, 1 << 16, allowed)
     if name == "dense_layers":
         return _dense_layers(value)
     if name in ("isa", "index"):

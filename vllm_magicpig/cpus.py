@@ -10,12 +10,11 @@ from pathlib import Path
 def kernel_cpus(threads: int | None) -> list[int]:
     """CPU ids, one per physical core that this process may use; `threads` of them if given.
 
-    More threads than cores wrap around: they share cores rather than fail.
+    Raises ValueError for more threads than cores: the kernel's threads wait for each other, and two of
+    them on one core would take turns.
     """
-    cpus = one_per_core(_allowed_cpus())
-    if threads is None:
-        return cpus
-    return [cpus[i % len(cpus)] for i in range(threads)]
+    cores = one_per_core(_allowed_cpus())
+    return cores if threads is None else _first(cores, threads)
 
 
 def builder_cpus(kernel: list[int]) -> list[int]:
@@ -32,7 +31,7 @@ def rank_cpus(
 
     numa_nodes: NUMA node of each rank's device, None where unknown. Ranks on one node share its
     cores; without nodes all ranks share all cores. A rank with four cores or more leaves one to
-    vLLM's own thread.
+    vLLM's own thread, unless `threads` asks for all. Raises ValueError for more threads than cores.
     """
     allowed = sorted(os.sched_getaffinity(0))
     peers = list(range(local_ranks))
@@ -47,8 +46,17 @@ def rank_cpus(
     share = cores[len(cores) * place // count : len(cores) * (place + 1) // count]
     share = share or [cores[place % len(cores)]]
     if threads is not None:
-        return [share[i % len(share)] for i in range(threads)]
+        return _first(share, threads)
     return share[1:] if len(share) >= 4 else share
+
+
+def _first(cores: list[int], threads: int) -> list[int]:
+    if threads > len(cores):
+        raise ValueError(
+            f"magicpig option threads is {threads}, but must be 1 to {len(cores)}, the physical cores "
+            "that this worker may use, or null; correct it in --additional-config."
+        )
+    return cores[:threads]
 
 
 def _node_cpus(node: int) -> list[int]:

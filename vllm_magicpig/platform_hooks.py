@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, ClassVar
 
 from vllm_magicpig import BACKEND_NAME
 from vllm_magicpig.compile_key import add_compile_key
-from vllm_magicpig.config import MagicPigOptions, parse_options
+from vllm_magicpig.config import MagicPigOptions, has_options, parse_options
 from vllm_magicpig.key_center import check_centers
 from vllm_magicpig.metrics import expose
-from vllm_magicpig.support import check_config
+from vllm_magicpig.support import check_config, check_dense_layers
+
+logger = logging.getLogger("vllm.magicpig")
 
 
 def is_magicpig(backend: Any) -> bool:
@@ -59,12 +62,25 @@ class MagicPigHooks:
                 "model; pass --attention-backend magicpig."
             )
         if not is_magicpig(attention.backend):
+            if has_options(vllm_config.additional_config):
+                logger.warning(
+                    "magicpig has options in --additional-config, but is not chosen: pass "
+                    "--attention-backend magicpig, or drop the options"
+                )
             return
+        if attention.backend_per_kind:
+            raise ValueError(
+                f"backend_per_kind names other backends for {', '.join(attention.backend_per_kind)}, "
+                "but magicpig chooses those of the layers that it does not sample; drop "
+                "backend_per_kind."
+            )
         options = parse_options(vllm_config.additional_config)
         _set_block_size(vllm_config.cache_config)
         check_config(vllm_config)
         cls.check_options(vllm_config, options)
         model = vllm_config.model_config
+        if model is not None:
+            check_dense_layers(options, model.get_total_num_hidden_layers())
         if model is not None and options.center_file is not None:
             check_centers(
                 options.center_file,
@@ -74,8 +90,7 @@ class MagicPigHooks:
         # One block table serves sampled, dense and sliding-window layers, whose pages differ in size.
         if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager is None:
             vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
-        if vllm_config.parallel_config.worker_cls == cls.platform_worker:
-            vllm_config.parallel_config.worker_cls = cls.magicpig_worker
+        cls._set_worker(vllm_config.parallel_config)
         add_compile_key(vllm_config, options)
         expose(vllm_config)
 
@@ -87,6 +102,23 @@ class MagicPigHooks:
             _set_block_size(vllm_config.cache_config)
         else:
             super().update_block_size_for_backend(vllm_config)  # type: ignore[misc]
+
+    @classmethod
+    def _set_worker(cls, parallel_config: Any) -> None:
+        """Raises ValueError for a worker class that would leave the layers without pages."""
+        if parallel_config.worker_cls == cls.platform_worker:
+            parallel_config.worker_cls = cls.magicpig_worker
+        if parallel_config.worker_cls == cls.magicpig_worker:
+            return
+        from vllm.utils.import_utils import resolve_obj_by_qualname
+
+        from vllm_magicpig.worker import MagicPigWorker
+
+        if not issubclass(resolve_obj_by_qualname(parallel_config.worker_cls), MagicPigWorker):
+            raise ValueError(
+                f"magicpig does not support worker class {parallel_config.worker_cls}, it supports "
+                f"{cls.magicpig_worker} and its subclasses; drop --worker-cls."
+            )
 
     @classmethod
     def check_options(cls, vllm_config: Any, options: MagicPigOptions) -> None:

@@ -83,6 +83,11 @@ def split_requests(metadata: CommonAttentionMetadata, seq_lens: torch.Tensor) ->
 
     seq_lens: [at least num_reqs], in host memory.
     """
+    if metadata.causal is not True:  # models known for this are refused at start-up
+        raise NotImplementedError(
+            "magicpig does not support attention in both directions, it supports causal attention; "
+            "choose another --attention-backend for this model."
+        )
     starts = metadata.query_start_loc_cpu.numpy()
     num_reqs = min(metadata.num_reqs, len(starts) - 1)
     # num_actual_tokens may be padded; the last start is what the requests really have.

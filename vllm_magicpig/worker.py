@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from vllm.config import set_current_vllm_config
 from vllm.logger import init_logger
 
 from vllm_magicpig import _C, capacity
 from vllm_magicpig.backend import MagicPigImpl
 from vllm_magicpig.config import MagicPigOptions, parse_options
 from vllm_magicpig.key_center import save_centers
+from vllm_magicpig.layer_selection import select_layers
 from vllm_magicpig.published_stats import StatsFile
 from vllm_magicpig.stats import MagicPigStats, summarise
 
@@ -31,10 +33,13 @@ class MagicPigWorker:
     _stats_file: StatsFile | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
+        # What this machine cannot do is said before the weights are read.
+        _C.resolve_isa(self._options.isa)
+        self._kernel_cpus()
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         # vLLM has asked no layer for its KV cache spec yet.
-        for layer, _ in self._sampled_layers():
-            layer.attn_backend = self._sampled_backend()
+        with set_current_vllm_config(self.vllm_config):
+            select_layers(self.vllm_config, self._options, self._sampled_backend())
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
@@ -55,6 +60,7 @@ class MagicPigWorker:
             self._pool.num_threads,
             self._options,
         )
+        self._warn_of_lengths()
 
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()  # type: ignore[misc]
@@ -119,6 +125,21 @@ class MagicPigWorker:
             )
         save_centers(path, centers)
         return len(centers)
+
+    def _warn_of_lengths(self) -> None:
+        """No error: short requests are right, only no faster than with the platform's own backend."""
+        max_model_len = self.vllm_config.model_config.max_model_len
+        if not self._options.is_exact and not self._options.samples(max_model_len):
+            logger.warning(
+                "magicpig: no request can be long enough to be sampled: of at most max_model_len = %d "
+                "tokens sink_tokens = %d, window_tokens = %d and a middle shorter than exact_below = "
+                "%d are attended exactly; lower exact_below or window_tokens, or raise "
+                "--max-model-len.",
+                max_model_len,
+                self._options.sink_tokens,
+                self._options.window_tokens,
+                self._options.exact_below,
+            )
 
     def _sampled_backend(self) -> type[Any]:
         """The backend class that shapes the sampled layers' KV cache spec."""

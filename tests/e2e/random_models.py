@@ -13,6 +13,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -58,11 +59,28 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
 }
 
+# Chunks of local attention in layers 0 to 2, a global layer without positions, dense MLPs.
+CHUNKED_CONFIGS: dict[str, PretrainedConfig] = {
+    "llama4": Llama4TextConfig(
+        **_COMMON | {"num_hidden_layers": 4},
+        architectures=["Llama4ForCausalLM"],
+        intermediate_size_mlp=192,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        attention_chunk_size=64,
+        num_local_experts=2,
+        moe_layers=[],
+        interleave_moe_layer_step=5,
+    ),
+}
+
 
 def write_random_model(name: str, folder: Path) -> Path:
-    """Writes config.json and weights of CONFIGS[name] to `folder`, without a tokenizer."""
-    torch.manual_seed(sorted(CONFIGS).index(name))
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
+    """Writes config.json and weights of that model to `folder`, without a tokenizer."""
+    torch.manual_seed([*sorted(CONFIGS), *sorted(CHUNKED_CONFIGS)].index(name))
+    config = (CONFIGS | CHUNKED_CONFIGS)[name]
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.dim() < 2:
