@@ -32,7 +32,7 @@ WHEELS = ["--platform", "manylinux_2_28_x86_64", "--only-binary", ":all:", "--no
 
 HOOKS = (
     "plugin", "platform_hooks", "cuda_platform", "compile_key", "support", "step", "device_step",
-    "device_backend", "device_worker", "worker", "layer", "device_layer", "capacity",
+    "device_backend", "device_worker", "worker", "layer", "layer_selection", "device_layer", "capacity",
 )  # fmt: skip
 """tests/test_*.py of what touches vLLM."""
 ENGINES = ("tests/e2e/test_exact_parity.py", "-k", "llama or gemma3")

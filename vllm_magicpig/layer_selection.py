@@ -58,7 +58,8 @@ def select_layers(
         if _is_local(layer) or options.is_dense(index):
             _make_dense(index, layer, model_dtype)
         else:
-            layer.impl.become_sampled(index)
+            impl: MagicPigImpl = layer.impl
+            impl.become_sampled(index)
             layer.attn_backend = sampled_backend
             num_sampled += 1
     if num_sampled == 0 and vllm_config.parallel_config.pipeline_parallel_size > 1:
@@ -72,12 +73,22 @@ def _is_local(layer: Any) -> bool:
     return isinstance(layer, ChunkedLocalAttention) or layer.sliding_window is not None
 
 
+def _chunked_backend(
+    backend: type[AttentionBackend], chunked: ChunkedLocalAttention
+) -> type[AttentionBackend]:
+    """vLLM's wrapper for the layer's chunks around a backend: the same class at every call."""
+    wrapper: type[AttentionBackend] = create_chunked_local_attention_backend(
+        backend, chunked.attention_chunk_size
+    )
+    return wrapper
+
+
 def _check_kind(name: str, layer: Any, model_dtype: torch.dtype) -> None:
     """Raises ValueError unless vLLM put nothing but what we know between a layer and our impl."""
     backend = getattr(layer, "attn_backend", None)
-    expected = MagicPigBackend
+    expected: type[AttentionBackend] = MagicPigBackend
     if type(layer) is ChunkedLocalAttention:
-        expected = create_chunked_local_attention_backend(expected, layer.attention_chunk_size)
+        expected = _chunked_backend(expected, layer)
     known = type(layer) in (Attention, ChunkedLocalAttention) and backend is expected
     if not known or type(layer.impl) is not MagicPigImpl:
         over = "" if backend is None else f" over {backend.__name__}"
@@ -116,8 +127,9 @@ def _make_dense(index: int, layer: Any, model_dtype: torch.dtype) -> None:
     _check_dense(index, layer, backend, selector)
     layer.backend = AttentionBackendEnum[backend.get_name()]
     if isinstance(layer, ChunkedLocalAttention):
-        backend = create_chunked_local_attention_backend(backend, layer.attention_chunk_size)
-    layer.impl = backend.get_impl_cls()(*layer.impl.impl_args)
+        backend = _chunked_backend(backend, layer)
+    ours: MagicPigImpl = layer.impl
+    layer.impl = backend.get_impl_cls()(*ours.impl_args)
     layer.attn_backend = backend
     layer.impl.process_weights_after_loading(model_dtype)
 

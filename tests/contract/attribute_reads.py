@@ -31,7 +31,7 @@ ALWAYS = {
 }
 """Class of a parameter or of an attribute of self by its name."""
 IN_FILE = {
-    ("vllm_magicpig/backend.py", "layer"): "vllm.model_executor.layers.attention.Attention",
+    ("vllm_magicpig/layer_selection.py", "layer"): "vllm.model_executor.layers.attention.Attention",
 }
 
 

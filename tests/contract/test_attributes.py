@@ -41,6 +41,8 @@ def test_reads_of_each_of_vllms_classes_are_found() -> None:
         ("SchedulerConfig", "disable_hybrid_kv_cache_manager"),
         ("CompilationConfig", "static_forward_context"),
         ("Attention", "sliding_window"),
+        ("Attention", "head_size_v"),
+        ("Attention", "use_mm_prefix"),
     }
 
 
