@@ -88,10 +88,12 @@ def _copy_to_host(
     buffers: StepBuffers, block_tables: torch.Tensor, seq_lens: torch.Tensor, slots: torch.Tensor
 ) -> None:
     num_reqs, width = block_tables.shape[0], buffers.block_tables.shape[1]
-    # Whole rows of one contiguous source: any other copy to the host would wait for the device.
     tables = block_tables[:, :width].to(torch.int32)
     # A table is as wide as its runner likes: past max_model_len there are no blocks.
-    tables = pad(tables, (0, width - tables.shape[1])).contiguous()
+    if tables.shape[1] < width:
+        tables = pad(tables, (0, width - tables.shape[1]))
+    # Whole rows of one contiguous source: any other copy to the host would wait for the device.
+    tables = tables.contiguous()
     buffers.block_tables[:num_reqs].copy_(tables, non_blocking=True)
     buffers.seq_lens[:num_reqs].copy_(seq_lens.to(torch.int32), non_blocking=True)
     buffers.slots[: slots.shape[0]].copy_(slots, non_blocking=True)
