@@ -5,7 +5,7 @@ VENV := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-.PHONY: help setup demo test test-fast bench ruler gpu-check vllm-contract sanitize warnings lint format clean
+.PHONY: help setup demo test test-fast bench ruler gpu-check gpu-wheel vllm-contract sanitize warnings lint format clean
 
 help:
 	@echo "make demo        set up, build the built-in model, serve it with magicpig, ask it questions"
@@ -14,7 +14,8 @@ help:
 	@echo "make test-fast   without the tests that start a vLLM engine"
 	@echo "make bench       speed and accuracy on this CPU, about half an hour; BENCH_ARGS=--quick takes 4 minutes"
 	@echo "make ruler       RULER's tasks on the built-in model; MODEL=name-or-path RULER_ARGS=\"--lengths 32768\""
-	@echo "make gpu-check   with an NVIDIA GPU: correctness, bandwidths and speed in 8 minutes, and a report"
+	@echo "make gpu-check GPU_CHECK_ARGS=\"--stage first\"   with an NVIDIA GPU, 4 minutes, and a report; then \"--stage second\", 8"
+	@echo "make gpu-wheel   the wheel that a gpu-check elsewhere carries along; GPU_WHEEL_PYTHON=python3.12"
 	@echo "make vllm-contract   our use of vLLM against the sources of every supported release (fetches 330 MB each)"
 	@echo "make sanitize    the native tests and 10 minutes of fuzz under GCC's sanitizers"
 	@echo "make warnings    all C++ for each level of x86-64 with warnings as errors, 3 minutes on two cores"
@@ -52,6 +53,11 @@ ruler: setup
 
 gpu-check: setup
 	$(VENV)/python scripts/gpu_check.py $(GPU_CHECK_ARGS)
+
+# For machines with that Python; see docs/gpu_check.md.
+GPU_WHEEL_PYTHON ?= python3.12
+gpu-wheel:
+	$(GPU_WHEEL_PYTHON) scripts/gpu_check_wheel.py build gpu_wheel
 
 vllm-contract: setup
 	$(VENV)/python scripts/vllm_contract.py $(CONTRACT_ARGS)

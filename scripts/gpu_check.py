@@ -1,15 +1,18 @@
-"""`make gpu-check`: what only a machine with an NVIDIA GPU can show, in 8 minutes, without a network.
+"""`make gpu-check`: what only a machine with an NVIDIA GPU can show, in two stages, without a network.
 
-    python scripts/gpu_check.py                      everything
-    python scripts/gpu_check.py --only parity        one part; --skip leaves parts out
-    python scripts/gpu_check.py --rehearse           at toy size on vLLM's CPU platform
+    python scripts/gpu_check.py --stage first        does anything work: at most 225 s
+    python scripts/gpu_check.py --stage second       is it right and fast: at most 430 s
+    python scripts/gpu_check.py --stage second --only speed        one part
+    python scripts/gpu_check.py --stage first --rehearse           at toy size on vLLM's CPU platform
 
-Parts: the machine and its bandwidths; the tests marked gpu; exact mode against dense attention; the
-recall model; speed of the Llama-3.1-8B shape. Each has a share of the time and every engine a process
-of its own: what fails or takes too long is a row of the report. gpu_check.md, gpu_check.json,
-cost_model.json (for examples/cost_model.py --fit) and the processes' logs go to --output, and are
-brought up to date after every part. Exit code 1 when an answer is wrong or missing; a bar of speed
-that is missed is only reported.
+First: the machine; probes of driver and host; the tests marked gpu; exact mode against dense
+attention. Second: the machine; two layers as they serve; the recall model; speed of the Llama-3.1-8B
+shape, magicpig and dense. Every part has a limit of its own, needs no other part, and every engine is
+a process. The folder --output holds, at any moment: gpu_check.md and gpu_check.json, brought up to
+date before and after each part; results.jsonl, to which processes append what they find at once;
+logs.tgz; and cost_model.json (for examples/cost_model.py --fit). What was cut or not reached reads
+"not run". docs/gpu_check.md tells what each figure decides.
+Exit code 1 when something failed, 3 when something did not run; a missed bar of speed is only reported.
 """
 
 from __future__ import annotations
@@ -27,55 +30,75 @@ from pathlib import Path
 from typing import NoReturn
 
 from gpu_check_children import ended_by_sigterm
+from gpu_check_logs import LogArchive
 from gpu_check_parity import run_parity
 from gpu_check_parts import Context, run_hardware, run_tests
+from gpu_check_probe_rows import run_probes
 from gpu_check_recall import run_recall
-from gpu_check_report import FAILED, SKIPPED, Part, Report, Row, table
-from gpu_check_scale import GPU, REHEARSAL, Scale
+from gpu_check_report import FAILED, NOT_RUN, Part, Report, Row, table
+from gpu_check_scale import FIRST_STAGE_S, GPU, REHEARSAL, SECOND_STAGE_S, Scale
 
 NO_MACHINE = 2  # exit code: nothing was checked
+ENDING_S = 8.0  # of a part's limit: for processes to end by an interrupt, and for the report
 
 
 @dataclass(frozen=True)
 class PartKind:
-    """weight: share of the time; a part that is done early leaves the rest to those after it."""
-
     name: str
     title: str
-    weight: float
     run: Callable[[Part, float, Context], None]
 
 
+def _compiled(part: Part, budget_s: float, context: Context) -> None:
+    from gpu_check_compiled import run_compiled  # once it is known that the package is here
+
+    run_compiled(part, budget_s, context)
+
+
 def _speed(part: Part, budget_s: float, context: Context) -> None:
-    from gpu_check_speed import run_speed  # once it is known that the package is here
+    from gpu_check_speed import run_speed
 
     run_speed(part, budget_s, context)
 
 
-# Weights are seconds of 8 minutes, a little of which is kept for ending processes.
-PARTS = (
-    PartKind("hardware", "Machine", 50, run_hardware),
-    PartKind("tests", "Tests", 100, run_tests),
-    PartKind("parity", "Exact mode against dense attention", 90, run_parity),
-    PartKind("recall", "Recall model", 60, run_recall),
-    PartKind("speed", "Speed of the 8B shape", 180, _speed),
-)
-RESERVED_SHARE = 0.04
+def _dense_speed(part: Part, budget_s: float, context: Context) -> None:
+    from gpu_check_speed import run_dense_speed
+
+    run_dense_speed(part, budget_s, context)
 
 
-class Clock:
-    """Shares what is left of the time among the parts that are left."""
+HARDWARE = PartKind("hardware", "Machine", run_hardware)
 
-    def __init__(self, total_s: float, weights: Sequence[float], now: Callable[[], float]) -> None:
-        self._end = now() + total_s * (1 - RESERVED_SHARE)
-        self._weights = list(weights)
-        self._now = now
 
-    def next_share(self) -> float:
-        """Seconds for the next part; 0 once all is spent."""
-        share = self._weights[0] / sum(self._weights)
-        del self._weights[0]
-        return max(0.0, (self._end - self._now()) * share)
+@dataclass(frozen=True)
+class Stage:
+    """seconds: of all its parts together."""
+
+    seconds: float
+    kinds: tuple[PartKind, ...]
+
+
+STAGES = {
+    "first": Stage(
+        FIRST_STAGE_S,
+        (
+            HARDWARE,
+            PartKind("probes", "Driver and host, question by question", run_probes),
+            PartKind("tests", "Tests", run_tests),
+            PartKind("parity", "Exact mode against dense attention", run_parity),
+        ),
+    ),
+    "second": Stage(
+        SECOND_STAGE_S,
+        (
+            HARDWARE,
+            PartKind("compiled", "Two layers as they serve", _compiled),
+            PartKind("recall", "Recall model", run_recall),
+            PartKind("speed", "Speed of the 8B shape", _speed),
+            PartKind("dense speed", "Speed of the dense backend", _dense_speed),
+        ),
+    ),
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,11 +109,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    names = ", ".join(kind.name for kind in PARTS)
     parser = _Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", action="append", type=_part, metavar="PART", help=names)
-    parser.add_argument("--skip", action="append", type=_part, metavar="PART", default=[])
-    parser.add_argument("--minutes", type=_minutes, default=8.0, help="in all; default %(default)g")
+    parser.add_argument("--stage", choices=list(STAGES), required=True)
+    parser.add_argument("--only", action="append", metavar="PART", help="of the stage")
+    parser.add_argument("--skip", action="append", metavar="PART", default=[])
+    parser.add_argument("--seconds", type=_seconds, help="of the whole stage; default 225 and 430")
     parser.add_argument(
         "--output", type=Path, default=Path("gpu_check"), help="folder of the report"
     )
@@ -98,32 +121,33 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--rehearse", action="store_true", help="toy sizes on a CPU: proves nothing about a GPU"
     )
     given = parser.parse_args(argv)
+    names = [kind.name for kind in STAGES[given.stage].kinds]
+    for name in [*(given.only or []), *given.skip]:
+        if name not in names:
+            parser.error(
+                f"{name!r} is not a part of stage {given.stage}; choose from {', '.join(names)}."
+            )
     if not chosen(given):
-        parser.error(f"--only and --skip leave no part to run; the parts are {names}.")
+        parser.error(f"--only and --skip leave no part to run; the parts are {', '.join(names)}.")
+    if given.output.exists() and not given.output.is_dir():
+        parser.error(f"--output {given.output} is a file; name a folder.")
     return given
 
 
-def _part(text: str) -> str:
-    names = [kind.name for kind in PARTS]
-    if text not in names:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a part; choose from {', '.join(names)}.")
-    return text
-
-
-def _minutes(text: str) -> float:
+def _seconds(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < 1e4:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of minutes.")
+    if not 0 < value < 1e5:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds.")
     return value
 
 
 def chosen(given: argparse.Namespace) -> list[PartKind]:
     return [
         kind
-        for kind in PARTS
+        for kind in STAGES[given.stage].kinds
         if (given.only is None or kind.name in given.only) and kind.name not in given.skip
     ]
 
@@ -132,7 +156,7 @@ def what_is_missing(rehearse: bool) -> str | None:
     """A sentence where this machine cannot run the check."""
     for package in ("torch", "vllm", "vllm_magicpig"):
         if importlib.util.find_spec(package) is None:
-            return f"gpu-check needs {package}, which is not installed here; see the README."
+            return f"gpu-check needs {package}, which is not installed here; see docs/gpu_check.md."
     # Counting devices the NVML way leaves no CUDA context in this process.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import torch
@@ -149,43 +173,46 @@ def what_is_missing(rehearse: bool) -> str | None:
     return None
 
 
-def run_part(kind: PartKind, budget_s: float, context: Context) -> Part:
-    """Whatever goes wrong in it is a failed row of it."""
-    part = Part(kind.name, kind.title, budget_s)
-    context.report.parts.append(part)
+def run_part(kind: PartKind, part: Part, limit_s: float, context: Context) -> None:
+    """Whatever goes wrong in it is a failed row of it. limit_s: the part's, or what is left."""
+    part.state, part.limit_s = "running", limit_s
     started = time.monotonic()
-    try:
-        kind.run(part, budget_s, context)
-    except Exception as error:
-        figure = f"{type(error).__name__}: {error}"
-        log = traceback.format_exc()
-        part.rows.append(Row(kind.name, FAILED, figure, is_correctness=True, log=log))
-    finally:
-        part.seconds = time.monotonic() - started
+    if limit_s <= ENDING_S:
+        part.rows.append(Row(kind.name, NOT_RUN, "no time was left"))
+    else:
+        try:
+            kind.run(part, limit_s - ENDING_S, context)
+        except Exception as error:
+            figure = f"{type(error).__name__}: {error}"
+            part.rows.append(Row(kind.name, FAILED, figure, log=traceback.format_exc()))
+    part.state, part.seconds = "over", time.monotonic() - started
     if not part.rows:
-        part.rows.append(Row(kind.name, SKIPPED, "nothing to report"))
-    return part
+        part.rows.append(Row(kind.name, NOT_RUN, "nothing to report"))
 
 
-def check(scale: Scale, kinds: Sequence[PartKind], seconds: float, output: Path) -> Report:
-    """Runs the parts; the report is written after each of them, and when it is interrupted."""
-    started = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-    report = Report([Path(sys.argv[0]).name, *sys.argv[1:]], scale.is_rehearsal, started)
-    for log in (output / "logs").glob("*.log"):  # of an earlier run
-        log.unlink()
-    clock = Clock(seconds, [kind.weight for kind in kinds], time.monotonic)
+def check(scale: Scale, kinds: Sequence[PartKind], deadline: float, output: Path) -> Report:
+    """Runs the parts until `deadline`, of time.monotonic(). The report is written before and after
+    each of them, and lists those that are still to come as not run."""
+    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    report = Report(command, scale.is_rehearsal, time.strftime("%Y-%m-%d %H:%M:%S %Z"))
+    report.parts = [Part(kind.name, kind.title, scale.limits[kind.name]) for kind in kinds]
+    results = output / "results.jsonl"
+    report.write(output)
+    results.write_text("")
+    logs = LogArchive(output)
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as scratch:
-        context = Context(scale, report, Path(scratch), output / "logs")
-        for kind in kinds:
-            budget_s = clock.next_share()
-            print(f"\n{kind.title} (at most {budget_s:.0f} s)", flush=True)
+        context = Context(scale, report, Path(scratch), logs.folder, results)
+        for kind, part in zip(kinds, report.parts, strict=True):
+            limit_s = max(0.0, min(part.limit_s, deadline - time.monotonic()))
+            part.state = "running"
+            report.write(output)
+            print(f"\n{kind.title} (at most {limit_s:.0f} s)", flush=True)
             try:
-                part = run_part(kind, budget_s, context)
+                run_part(kind, part, limit_s, context)
             finally:
                 report.write(output)
+                logs.put_away()
             print("\n".join(table(part.rows)), flush=True)
-    report.finished = True
-    report.write(output)
     return report
 
 
@@ -197,15 +224,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(missing, file=sys.stderr)
         return NO_MACHINE
     scale = REHEARSAL if given.rehearse else GPU
+    deadline = begun + (given.seconds or STAGES[given.stage].seconds)
     try:
         with ended_by_sigterm():
-            left_s = 60 * given.minutes - (
-                time.monotonic() - begun
-            )  # importing torch takes a while
-            report = check(scale, chosen(given), left_s, given.output)
+            report = check(scale, chosen(given), deadline, given.output)
     except KeyboardInterrupt:
         print(f"\ninterrupted; what was found so far is in {given.output}", file=sys.stderr)
         return 130
+    except OSError as error:
+        print(
+            f"--output {given.output} cannot be written ({error}); name another.", file=sys.stderr
+        )
+        return NO_MACHINE
     print(f"\n{report.verdict}\nwritten to {given.output / 'gpu_check.md'}")
     return report.exit_code
 

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,12 +14,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_check_report import CUT, FAILED
+from gpu_check_report import FAILED, NOT_RUN
 
 LOG_LINES = 15
 GRACE_S = 8.0  # after SIGINT: pytest writes its report, an engine unpins its memory
 POLL_S = 0.1
 DONE = "done"
+GUARD = Path(__file__).with_name("gpu_check_guard.py")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Child:
 
 @dataclass(frozen=True)
 class Ended:
-    """state: DONE, FAILED or CUT; reason: one line, empty when done."""
+    """state: DONE, FAILED or NOT_RUN (to its end); reason: one line, empty when done."""
 
     name: str
     state: str
@@ -73,7 +75,7 @@ def run_children(
                 running = []
                 ended |= {
                     child.name: Ended(
-                        child.name, CUT, "there was no time left to start it", 0.0, ""
+                        child.name, NOT_RUN, "there was no time left to start it", 0.0, ""
                     )
                     for child in waiting
                 }
@@ -104,7 +106,7 @@ def _start(child: Child, logs: Path) -> _Running:
     log = logs / f"{child.name}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            child.command,
+            [sys.executable, str(GUARD), str(os.getpid()), *child.command],
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -132,7 +134,7 @@ def _end(one: _Running, cut: bool) -> Ended:
     text = one.log.read_text("utf-8", errors="replace")
     code = one.process.returncode
     if cut:
-        state, reason = CUT, f"not done after {seconds:.0f} s"
+        state, reason = NOT_RUN, f"cut after {seconds:.0f} s"
     elif code == 0:
         return Ended(one.child.name, DONE, "", seconds, "")
     else:

@@ -1,6 +1,6 @@
 """One engine that answers one job: a process of its own.
 
-python scripts/gpu_check_engine.py JOB.json RESULTS.jsonl
+python scripts/gpu_check_engine.py NAME JOB.json RESULTS.jsonl
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from gpu_check_jobs import (
     E2E,
     EXAMPLES,
     AnswerJob,
+    CompiledJob,
     RecallJob,
     Reporter,
     SpeedJob,
-    read_engine_job,
+    started_child,
 )
 
 sys.path += [str(EXAMPLES), str(E2E)]
@@ -27,23 +28,15 @@ sys.path += [str(EXAMPLES), str(E2E)]
 NUM_LOGPROBS = 5
 PROMPT_SEED = 7
 RANDOM_WEIGHTS = "gpu_check_random"
+MAX_DEVICE_SHARE = 0.92  # of a card that is smaller than the budget: vLLM's default
 
 
 def answer(job: AnswerJob, folder: Path, report: Reporter) -> None:
     """Reports the attention backend of each layer, then tokens and log-probs of each request."""
     from engines import engine, generate, greedy
 
-    arguments: dict[str, Any] = {"skip_tokenizer_init": True, **job.arguments}
-    if job.random_model is not None:
-        from random_models import VOCAB_SIZE, write_random_model
-
-        model, vocab_size = write_random_model(job.random_model, folder), VOCAB_SIZE
-    else:
-        assert job.config is not None
-        (folder / "config.json").write_text(json.dumps(job.config), "utf-8")
-        model, vocab_size = folder, job.config["vocab_size"]
-        register_random_weights()
-        arguments["load_format"] = RANDOM_WEIGHTS
+    arguments = random_weights(job.config, folder) | job.arguments
+    vocab_size = job.config["vocab_size"]
     from compare_engine import random_prompt
 
     # Ids from 3 up: the first ones are special in the random models.
@@ -51,7 +44,7 @@ def answer(job: AnswerJob, folder: Path, report: Reporter) -> None:
         [3 + token for token in random_prompt(vocab_size - 3, length, PROMPT_SEED + index)]
         for index, length in enumerate(job.lengths)
     ]
-    with engine(model, job.backend, job.options, **arguments) as llm:  # type: ignore[arg-type]
+    with engine(folder, job.backend, job.options, **arguments) as llm:  # type: ignore[arg-type]
         report(backends=layer_backends(llm))
         outputs = generate(
             llm, prompts, greedy(job.tokens, detokenize=False, logprobs=NUM_LOGPROBS)
@@ -63,6 +56,13 @@ def answer(job: AnswerJob, folder: Path, report: Reporter) -> None:
                 [(token, entry.logprob) for token, entry in step.items()] for step in said.logprobs
             ]
             report(answer={"tokens": list(said.token_ids), "logprobs": logprobs})
+
+
+def random_weights(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """EngineArgs of a model of this config in `folder`, without a tokenizer."""
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    register_random_weights()
+    return {"skip_tokenizer_init": True, "load_format": RANDOM_WEIGHTS}
 
 
 def layer_backends(llm: Any) -> dict[str, str]:
@@ -145,6 +145,94 @@ def recall(job: RecallJob, folder: Path, report: Reporter) -> None:
             )
 
 
+def compiled(job: CompiledJob, folder: Path, report: Reporter) -> None:
+    """Reports start-up, then for each prompt the times of its steps and of each layer's attention."""
+    from compare_engine import make_engine, random_prompt, run_requests
+
+    arguments = random_weights(job.config, folder) | job.arguments
+    started = time.monotonic()
+    engine, recorder = make_engine({"model": str(folder), **arguments})
+    report(started_s=time.monotonic() - started)
+    clocks = time_layers(engine)
+    vocab_size = job.config["vocab_size"]
+    for seed, length in enumerate(job.lengths):
+        for clock in clocks.values():
+            clock.clear()
+        before = engine.collective_rpc("magicpig_stats")[0]
+        run = run_requests(engine, recorder, [random_prompt(vocab_size, length, seed)], job.tokens)
+        report(
+            compiled={
+                "length": length,
+                "run": run,
+                "layers": {name: clock.decode_us(job.tokens - 1) for name, clock in clocks.items()},
+                "before": before,
+                "after": engine.collective_rpc("magicpig_stats")[0],
+            }
+        )
+    engine.engine_core.shutdown()
+
+
+def time_layers(engine: Any) -> dict[str, LayerClock]:
+    """Clocks around the attention of each sampled layer; of an engine in this process. Attention runs
+    between the pieces that are compiled, so that it can be wrapped."""
+    context = engine.vllm_config.compilation_config.static_forward_context
+    clocks = {}
+    for name, layer in context.items():
+        sampled = getattr(getattr(layer, "impl", None), "sampled", None)
+        if sampled is not None:
+            clocks[name] = LayerClock(sampled)
+    return clocks
+
+
+class LayerClock:
+    """Times each call of a layer's `forward`: by events of the stream on a GPU, else by the clock."""
+
+    def __init__(self, sampled: Any) -> None:
+        import torch
+
+        self._on_gpu = torch.cuda.is_available()
+        self._forward = sampled.forward
+        self._calls: list[tuple[Any, Any]] = []
+        sampled.forward = self._timed
+
+    def _timed(self, *args: Any) -> Any:
+        start = self._now()
+        result = self._forward(*args)
+        self._calls.append((start, self._now()))
+        return result
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def clear(self) -> None:
+        self._calls.clear()
+
+    def decode_us(self, steps: int) -> list[float]:
+        """Of the last `steps` calls, us each."""
+        if not self._on_gpu:
+            return [1e6 * (end - start) for start, end in self._calls[-steps:]]
+        import torch
+
+        torch.cuda.synchronize()
+        return [1e3 * start.elapsed_time(end) for start, end in self._calls[-steps:]]
+
+
+def device_share(gib: float | None) -> dict[str, Any]:
+    """EngineArgs for so much device memory, weights included; none on a CPU."""
+    if gib is None:
+        return {}
+    from vllm.platforms import current_platform
+
+    total: int = current_platform.get_device_total_memory()
+    return {"gpu_memory_utilization": min(gib * (1 << 30) / total, MAX_DEVICE_SHARE)}
+
+
 def speed(job: SpeedJob, folder: Path, report: Reporter) -> None:
     """Reports the engine's capacity, then each case as it is done."""
     from compare_engine import engine_facts, make_engine, random_prompt, run_requests
@@ -152,7 +240,8 @@ def speed(job: SpeedJob, folder: Path, report: Reporter) -> None:
 
     (folder / "config.json").write_text(json.dumps(job.config), "utf-8")
     started = time.monotonic()
-    engine, recorder = make_engine({"model": str(folder), **job.arguments})
+    arguments = job.arguments | device_share(job.device_gib)
+    engine, recorder = make_engine({"model": str(folder), **arguments})
     report(engine=engine_facts(engine, time.monotonic() - started))
     report(segment_tokens=segment_tokens_of(None))
     vocab_size, seed = job.config["vocab_size"], 0
@@ -186,16 +275,13 @@ def speed(job: SpeedJob, folder: Path, report: Reporter) -> None:
     engine.engine_core.shutdown()
 
 
+WORK = {AnswerJob: answer, RecallJob: recall, CompiledJob: compiled, SpeedJob: speed}
+
+
 def main() -> None:
-    job = read_engine_job(Path(sys.argv[1]))
-    report = Reporter(Path(sys.argv[2]))
+    job, report = started_child()
     with tempfile.TemporaryDirectory(prefix="gpu-check-model-") as folder:
-        if isinstance(job, AnswerJob):
-            answer(job, Path(folder), report)
-        elif isinstance(job, RecallJob):
-            recall(job, Path(folder), report)
-        else:
-            speed(job, Path(folder), report)
+        WORK[type(job)](job, Path(folder), report)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Facts and bandwidths of this machine: a process of its own, as it holds a CUDA context.
 
-    python scripts/gpu_check_hardware.py JOB.json RESULTS.jsonl
+    python scripts/gpu_check_hardware.py NAME JOB.json RESULTS.jsonl
 
 Bandwidths in GB/s (10**9 bytes), latencies in us, the best of a few rounds each. Nothing here is
 compiled for it: host memory is read by PyTorch's own kernels.
@@ -12,6 +12,8 @@ import ctypes
 import mmap
 import os
 import re
+import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_check_jobs import EXAMPLES, HardwareJob, Reporter
+from gpu_check_jobs import EXAMPLES, started_child
 
 sys.path.append(str(EXAMPLES))
 from compare_report import machine_facts
@@ -43,11 +45,22 @@ ROW_BYTES = 512  # K and V of one token and kv head: head_dim 128, bfloat16
 LINE_BYTES = 64
 SMALL_COPY_BYTES = 8192  # a query of 32 heads of 128 in bfloat16
 NUM_CALLBACKS = 500
+COMMANDS = (
+    "nvidia-smi",
+    "nvidia-smi topo -m",
+    "lscpu",
+    "numactl --hardware",
+    "cat /proc/meminfo",
+    "cat /sys/kernel/mm/transparent_hugepage/enabled",
+    "cat /sys/devices/system/cpu/smt/active",
+    "uname -r",
+)
+"""What these print goes into the JSON report as it is."""
 
 
 @dataclass(frozen=True)
 class HostBandwidth:
-    """threads: one, or one a core; gathers are of random rows and cache lines."""
+    """threads: one a core; gathers are of random rows and cache lines."""
 
     threads: int
     sequential_gbs: float
@@ -83,7 +96,23 @@ def facts() -> dict[str, Any]:
         "physical_cores": len(cores),
         "numa_nodes": len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or 1,
         "kernels": _C.resolve_isa("auto").name,
+        "locked_memory_limit": locked_memory_limit(),
     }
+
+
+def locked_memory_limit() -> str:
+    """What `ulimit -l` says, in bytes."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
+
+
+def said(command: str) -> str:
+    """What a command prints, or why it does not."""
+    try:
+        result = subprocess.run(command.split(), capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"({error})"
+    return result.stdout or f"(exit code {result.returncode}) {result.stderr}"
 
 
 def driver_version() -> str:
@@ -202,17 +231,14 @@ def device_us(work: Callable[[], Any]) -> float:
 
 
 def main() -> None:
-    job = HardwareJob.read(Path(sys.argv[1]))
-    report = Reporter(Path(sys.argv[2]))
+    job, report = started_child()
     report(facts=facts())
-    os.sched_setaffinity(0, kernel_cpus(None))
-    cores = len(kernel_cpus(None))
-    torch.set_num_threads(cores)
+    report(commands={command: said(command) for command in COMMANDS})
+    cores = kernel_cpus(None)
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))
     memory = host_memory(job.host_buffer_bytes)
-    for threads in sorted({1, cores}):
-        report(
-            host=measure_host(memory, threads, job.gathered_bytes // (cores if threads == 1 else 1))
-        )
+    report(host=measure_host(memory, len(cores), job.gathered_bytes))
     if job.device_buffer_bytes:
         report(device=measure_device(job.device_buffer_bytes))
 

@@ -36,21 +36,26 @@ class HardwareJob:
     device_buffer_bytes: int
     gathered_bytes: int
 
-    @staticmethod
-    def read(path: Path) -> HardwareJob:
-        return HardwareJob(**json.loads(path.read_text("utf-8")))
+
+@dataclass(frozen=True)
+class ProbesJob:
+    """registered_bytes: sizes of host memory that are touched and pinned; callback_ms: how long a host
+    function works while others are launched beside it."""
+
+    registered_bytes: list[int]
+    latency_rounds: int
+    callback_ms: float
 
 
 @dataclass(frozen=True)
 class AnswerJob:
-    """Greedy answers with log-probs of one engine.
+    """Greedy answers with log-probs of one engine over random weights.
 
-    random_model: of tests/e2e/random_models.py, or None where `config`, a config.json, is given
-    random weights. backend: None lets vLLM choose; options: magicpig's; arguments: more EngineArgs.
+    config: a config.json; backend: None lets vLLM choose; options: magicpig's; arguments: more
+    EngineArgs.
     """
 
-    random_model: str | None
-    config: dict[str, Any] | None
+    config: dict[str, Any]
     backend: str | None
     options: dict[str, Any] | None
     lengths: list[int]
@@ -72,33 +77,58 @@ class RecallJob:
 @dataclass(frozen=True)
 class SpeedJob:
     """cases: (tokens, requests); arguments: all EngineArgs but the model, whose config.json is
-    `config`; samples: magicpig, with statistics."""
+    `config`; samples: magicpig, with statistics; device_gib: device memory that vLLM may use, weights
+    included, None on a CPU."""
 
     config: dict[str, Any]
     cases: list[tuple[int, int]]
     output_tokens: int
     samples: bool
+    device_gib: float | None
     arguments: dict[str, Any]
 
 
-ENGINE_JOBS: dict[str, type[Any]] = {job.__name__: job for job in (AnswerJob, RecallJob, SpeedJob)}
+@dataclass(frozen=True)
+class CompiledJob:
+    """A sampled engine as it serves: prompts of these lengths one after another, each with `tokens`
+    steps, whose attention ops are timed layer by layer."""
+
+    config: dict[str, Any]
+    lengths: list[int]
+    tokens: int
+    arguments: dict[str, Any]
 
 
-def read_engine_job(path: Path) -> AnswerJob | RecallJob | SpeedJob:
+JOBS: dict[str, type[Any]] = {
+    job.__name__: job
+    for job in (AnswerJob, RecallJob, SpeedJob, CompiledJob, HardwareJob, ProbesJob)
+}
+
+
+def read_job(path: Path) -> Any:
+    """Of one of the kinds above."""
     given = json.loads(path.read_text("utf-8"))
-    return ENGINE_JOBS[given.pop("job")](**given)
+    return JOBS[given.pop("job")](**given)
+
+
+def started_child() -> tuple[Any, Reporter]:
+    """Of a script's command line, NAME JOB.json RESULTS.jsonl."""
+    name, job, results = sys.argv[1:4]
+    return read_job(Path(job)), Reporter(Path(results), name)
 
 
 class Reporter:
-    """Appends events, JSON objects of one key each, to a file, line by line."""
+    """Appends events, JSON objects of one key each beside the child's name, to a file that all
+    children share: whole lines, whoever writes at the same time or is killed."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+    def __init__(self, path: Path, child: str) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._child = child
 
     def __call__(self, **event: Any) -> None:
-        self._file.write(json.dumps(event, default=_plain) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        line = json.dumps({"child": self._child, **event}, default=_plain) + "\n"
+        os.write(self._file, line.encode())
+        os.fsync(self._file)
 
 
 def _plain(value: Any) -> Any:
@@ -115,35 +145,25 @@ class Task:
     results: Path
 
     def events(self) -> list[dict[str, Any]]:
-        """What it said so far; a killed child may leave half a line at the end."""
+        """What it said so far; a killed child may leave half a line."""
         if not self.results.exists():
             return []
-        complete = self.results.read_text("utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in complete]
+        events = []
+        for line in self.results.read_text("utf-8").split("\n"):
+            try:
+                event = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if event.pop("child", None) == self.child.name:
+                events.append(event)
+        return events
 
 
-def hardware_task(job: HardwareJob, scratch: Path) -> Task:
-    return _task("hardware", "gpu_check_hardware.py", asdict(job), OFFLINE, scratch)
-
-
-def engine_task(
-    name: str,
-    job: AnswerJob | RecallJob | SpeedJob,
-    environment: Mapping[str, str],
-    scratch: Path,
+def script_task(
+    name: str, script: str, job: Any, environment: Mapping[str, str], scratch: Path, results: Path
 ) -> Task:
-    content = asdict(job) | {"job": type(job).__name__}
-    return _task(name, "gpu_check_engine.py", content, environment, scratch)
-
-
-def _task(
-    name: str,
-    script: str,
-    job: dict[str, Any],
-    environment: Mapping[str, str],
-    scratch: Path,
-) -> Task:
-    job_path, results = scratch / f"{name}.json", scratch / f"{name}.jsonl"
-    job_path.write_text(json.dumps(job), "utf-8")
-    command = [sys.executable, str(SCRIPTS / script), str(job_path), str(results)]
+    """script: of this folder; job: a dataclass, which the child reads from JOB.json."""
+    job_path = scratch / f"{name}.json"
+    job_path.write_text(json.dumps(asdict(job) | {"job": type(job).__name__}), "utf-8")
+    command = [sys.executable, str(SCRIPTS / script), name, str(job_path), str(results)]
     return Task(Child(name, command, environment), results)

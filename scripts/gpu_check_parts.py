@@ -6,26 +6,30 @@ import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gpu_check_children import DONE, Child, Ended, run_children
-from gpu_check_jobs import OFFLINE, ROOT, HardwareJob, Task, hardware_task
-from gpu_check_report import CUT, FAILED, Part, Report, Row, checked, measured
+from gpu_check_jobs import OFFLINE, ROOT, HardwareJob, Task, script_task
+from gpu_check_report import FAILED, NOT_RUN, Part, Report, Row, checked, measured
 from gpu_check_scale import Scale
+from gpu_check_wheel import Origin, installed_origin, sources_digest
 
 MAX_NAMES = 10  # of failed or skipped tests in a row
 
 
 @dataclass
 class Context:
-    """scratch: folder for job and result files, gone afterwards; logs: one that stays."""
+    """scratch: folder for job files, gone afterwards; logs: the folder of children's output; results:
+    the file that they report to; sides: what engines said of their speed, by name."""
 
     scale: Scale
     report: Report
     scratch: Path
     logs: Path
+    results: Path
+    sides: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,10 @@ def ask(
     return answered
 
 
-def ended_row(check: str, ended: Ended, is_correctness: bool) -> Row:
+def ended_row(check: str, ended: Ended) -> Row:
     """Of a child that failed or was cut."""
-    assert ended.state in (FAILED, CUT)
-    return Row(check, ended.state, ended.reason, is_correctness=is_correctness, log=ended.log_end)
+    assert ended.state in (FAILED, NOT_RUN)
+    return Row(check, ended.state, ended.reason, log=ended.log_end)
 
 
 # ---------------------------------------------------------------------------------------- hardware
@@ -68,22 +72,35 @@ def ended_row(check: str, ended: Ended, is_correctness: bool) -> Row:
 
 def run_hardware(part: Part, budget_s: float, context: Context) -> None:
     scale = context.scale
+    part.rows.append(wheel_row(installed_origin(), sources_digest(ROOT)))
     job = HardwareJob(scale.host_buffer_bytes, scale.device_buffer_bytes, scale.gathered_bytes)
-    task = hardware_task(job, context.scratch)
+    task = script_task(
+        "hardware", "gpu_check_hardware.py", job, OFFLINE, context.scratch, context.results
+    )
     answered = ask(part, context, [task], budget_s)["hardware"]
     facts = answered.first("facts")
     if facts is not None:
         context.report.facts |= facts
         part.rows += fact_rows(facts)
+    part.raw["commands"] = answered.first("commands")
     for host in answered.all("host"):
-        context.report.facts["host"] = host  # the last one: all cores
+        context.report.facts["host"] = host
         part.rows.append(host_row(host))
     device = answered.first("device")
     if device is not None:
         context.report.facts["device_bandwidth"] = device
         part.rows += device_rows(device)
     if answered.ended.state != DONE:
-        part.rows.append(ended_row("hardware", answered.ended, is_correctness=False))
+        part.rows.append(ended_row("hardware", answered.ended))
+
+
+def wheel_row(origin: Origin | None, digest: str) -> Row:
+    """digest: of this tree's sources. An editable installation has no wheel that could differ."""
+    check, bar = "the wheel that runs", "of this tree's sources"
+    if origin is None:
+        return measured(check, f"none: installed from a folder; this tree's sources are {digest}")
+    figure = f"commit {origin.commit}, sources {origin.digest}; this tree's are {digest}"
+    return checked(check, origin.digest == digest, figure, bar)
 
 
 def fact_rows(facts: dict[str, Any]) -> list[Row]:
@@ -100,17 +117,14 @@ def fact_rows(facts: dict[str, Any]) -> list[Row]:
         measured("software", f"Python {facts['python']}, CUDA {facts['cuda']}, {versions}"),
         measured("CPU", cpu),
         measured("CPU flags", f"{', '.join(facts['cpu_flags'])}; without {missing or 'none'}"),
+        measured("memory that may be locked", facts["locked_memory_limit"]),
         measured("load before", f"{facts['load_average']:.1f} processes (mean of a minute)"),
     ]
 
 
 def host_row(host: dict[str, Any]) -> Row:
-    threads = host["threads"]
-    name = (
-        "host memory, 1 thread" if threads == 1 else f"host memory, {threads} threads, one a core"
-    )
     return measured(
-        name,
+        f"host memory, {host['threads']} threads, one a core",
         f"reading {host['sequential_gbs']:.1f} GB/s (the faster of torch's sum and dot), random "
         f"512-byte rows {host['row_gather_gbs']:.1f} GB/s, 64-byte lines "
         f"{host['line_gather_gbs']:.1f} GB/s (torch's embedding_bag, float32)",
@@ -146,28 +160,33 @@ class TestCounts:
 
 
 def run_tests(part: Part, budget_s: float, context: Context) -> None:
-    xml = context.scratch / "tests.xml"
-    command = [
-        *pytest_command(),
-        "-q",
-        f"--junitxml={xml}",
-        "-p",
-        "no:cacheprovider",
-        f"--rootdir={ROOT}",
-        f"--confcutdir={ROOT}",
-        "-c",
-        str(ROOT / "pyproject.toml"),
-        *(str(ROOT / word) if word.startswith("tests") else word for word in context.scale.tests),
-    ]
-    if not any(word.startswith("tests") for word in context.scale.tests):
-        command.append(str(ROOT / "tests"))
-    child = Child("tests", command, OFFLINE)
-    ended = run_children([child], context.logs, budget_s)["tests"]
-    # An interrupted pytest still writes its report.
-    counts = read_junit(xml.read_text("utf-8")) if xml.exists() else None
-    part.raw["tests"] = {"state": ended.state, "seconds": ended.seconds, "counts": counts}
-    what = " ".join(context.scale.tests)
-    part.rows += test_rows(f"pytest {what}", counts, ended)
+    """Each file in a process of its own, all side by side."""
+    children, reports = [], {}
+    for file in context.scale.test_files:
+        name = Path(file).stem
+        reports[name] = context.scratch / f"{name}.xml"
+        command = [
+            *pytest_command(),
+            "-q",
+            "-m",
+            context.scale.test_marker,
+            f"--junitxml={reports[name]}",
+            "-p",
+            "no:cacheprovider",
+            f"--rootdir={ROOT}",
+            f"--confcutdir={ROOT}",
+            "-c",
+            str(ROOT / "pyproject.toml"),
+            str(ROOT / file),
+        ]
+        children.append(Child(name, command, OFFLINE))
+    ended = run_children(children, context.logs, budget_s, at_once=len(children))
+    for name, xml in reports.items():
+        # An interrupted pytest still writes its report.
+        counts = read_junit(xml.read_text("utf-8")) if xml.exists() else None
+        one = ended[name]
+        part.raw[name] = {"state": one.state, "seconds": one.seconds, "counts": counts}
+        part.rows += test_rows(f"{name} -m '{context.scale.test_marker}'", counts, one)
 
 
 def pytest_command() -> list[str]:
@@ -197,21 +216,21 @@ def read_junit(text: str) -> TestCounts:
 def test_rows(check: str, counts: TestCounts | None, ended: Ended) -> list[Row]:
     if counts is None:
         if ended.state == DONE:  # pytest said that all is well and told nothing about it
-            return [Row(check, FAILED, "pytest wrote no report", is_correctness=True)]
-        return [ended_row(check, ended, is_correctness=True)]
+            return [Row(check, FAILED, "pytest wrote no report")]
+        return [ended_row(check, ended)]
     figure = (
         f"{counts.passed} passed, {len(counts.failed)} failed, {len(counts.skipped)} skipped in "
         f"{ended.seconds:.0f} s"
     )
     bar = "at least one passes, none fails"
-    if counts.failed or (ended.state != CUT and counts.passed == 0) or ended.state == FAILED:
-        rows = [Row(check, FAILED, figure, bar, False, is_correctness=True, log=ended.log_end)]
-    elif ended.state == CUT:
-        rows = [Row(check, CUT, f"{figure}; {ended.reason}", bar, is_correctness=True)]
+    if counts.failed or (ended.state != NOT_RUN and counts.passed == 0) or ended.state == FAILED:
+        rows = [Row(check, FAILED, figure, bar, False, log=ended.log_end)]
+    elif ended.state == NOT_RUN:
+        rows = [Row(check, NOT_RUN, f"{figure}; {ended.reason}", bar)]
     else:
         rows = [checked(check, True, figure, bar)]
     for name, reason in counts.failed[:MAX_NAMES]:
-        rows.append(Row(f"test {name}", FAILED, _first_line(reason), is_correctness=True))
+        rows.append(Row(f"test {name}", FAILED, _first_line(reason)))
     if counts.skipped:
         shown = counts.skipped[:MAX_NAMES]
         rows.append(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gpu_check_children import DONE
-from gpu_check_jobs import EAGER, IN_PROCESS, RecallJob, engine_task
+from gpu_check_jobs import EAGER, IN_PROCESS, RecallJob, script_task
 from gpu_check_parts import Context, ask, ended_row
 from gpu_check_report import Part, Row, checked
 
@@ -35,13 +35,17 @@ def run_recall(part: Part, budget_s: float, context: Context) -> None:
                 **scale.small_engine_arguments(),
             },
         )
-        tasks.append(engine_task(name, job, environment, context.scratch))
-    answered = ask(part, context, tasks, budget_s, scale.at_once)
+        tasks.append(
+            script_task(
+                name, "gpu_check_engine.py", job, environment, context.scratch, context.results
+            )
+        )
+    answered = ask(part, context, tasks, budget_s, at_once=len(tasks))
     ours, dense = answered["recall-magicpig"], answered["recall-dense"]
     for one in (ours, dense):
         part.raw[one.ended.name]["recall"] = one.all("recall")
         if one.ended.state != DONE:
-            part.rows.append(ended_row(one.ended.name, one.ended, is_correctness=True))
+            part.rows.append(ended_row(one.ended.name, one.ended))
     by_length = {event["length"]: event for event in dense.all("recall")}
     for event in ours.all("recall"):
         if event["length"] in by_length:

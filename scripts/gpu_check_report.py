@@ -11,7 +11,7 @@ from typing import Any
 
 MAX_FILE_BYTES = 16 << 20  # of each file, so that it can be carried away from any machine
 
-PASSED, FAILED, MEASURED, CUT, SKIPPED = "passed", "failed", "measured", "cut", "skipped"
+PASSED, FAILED, MEASURED, NOT_RUN = "passed", "failed", "measured", "not run"
 
 # The project's bars for the Llama-3.1-8B shape on a GPU machine.
 MAX_TPOT_MS = 45.0
@@ -23,27 +23,20 @@ MAX_MODEL_ERROR = 0.20
 
 @dataclass(frozen=True)
 class Row:
-    """A check. result: one of the five words above; met: whether the bar is kept, None without
-    one; is_correctness: a cut leaves something unproved; log: the end of a failed process's log."""
+    """A check. result: one of the four words above; met: whether the bar is kept, None without
+    one; log: the end of a failed process's log."""
 
     check: str
     result: str
     figure: str = ""
     bar: str = ""
     met: bool | None = None
-    is_correctness: bool = False
     log: str = ""
-
-    @property
-    def fails(self) -> bool:
-        """A missed bar of speed does not; a crash, a wrong answer, and one never given do."""
-        return self.result == FAILED or (self.result == CUT and self.is_correctness)
 
 
 def checked(check: str, is_right: bool, figure: str, bar: str) -> Row:
     """Of correctness: it passes or it fails."""
-    result = PASSED if is_right else FAILED
-    return Row(check, result, figure, bar, met=is_right, is_correctness=True)
+    return Row(check, PASSED if is_right else FAILED, figure, bar, met=is_right)
 
 
 def measured(check: str, figure: str, bar: str = "", met: bool | None = None) -> Row:
@@ -52,11 +45,13 @@ def measured(check: str, figure: str, bar: str = "", met: bool | None = None) ->
 
 @dataclass
 class Part:
-    """raw: what its processes reported, for the JSON file."""
+    """limit_s: seconds it may take; state: "not run", "running" and "over"; raw: what its processes
+    reported, for the JSON file."""
 
     name: str
     title: str
-    budget_s: float
+    limit_s: float
+    state: str = "not run"
     seconds: float = 0.0
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -65,7 +60,8 @@ class Part:
 
 @dataclass
 class Report:
-    """command: as typed; facts: of the machine; cost_model: a report for examples/cost_model.py."""
+    """command: as typed; parts: all that the stages have, from the start; facts: of the machine;
+    cost_model: a report for examples/cost_model.py."""
 
     command: list[str]
     is_rehearsal: bool
@@ -73,27 +69,36 @@ class Report:
     facts: dict[str, Any] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)
     cost_model: dict[str, Any] | None = None
-    finished: bool = False
 
     @property
     def rows(self) -> list[Row]:
         return [row for part in self.parts for row in part.rows]
 
     @property
+    def failed(self) -> list[str]:
+        """A crash or a wrong answer; a missed bar of speed is none."""
+        return [row.check for row in self.rows if row.result == FAILED]
+
+    @property
+    def not_run(self) -> list[str]:
+        parts = [part.title for part in self.parts if part.state != "over"]
+        return [*(row.check for row in self.rows if row.result == NOT_RUN), *parts]
+
+    @property
     def verdict(self) -> str:
-        failing = [row.check for row in self.rows if row.fails]
-        if failing:
-            return f"FAILED: {'; '.join(failing)}"
-        if not self.finished:
-            return "UNFINISHED"
+        missing = f"not run: {'; '.join(self.not_run)}" if self.not_run else ""
+        if self.failed:
+            return f"FAILED: {'; '.join(self.failed)}" + (f". {missing}" if missing else "")
+        if missing:
+            return f"INCOMPLETE, nothing failed; {missing}"
         if not any(row.result == PASSED for row in self.rows):
             return "NOTHING PROVED: no check of correctness ran"
         return "PASSED"
 
     @property
     def exit_code(self) -> int:
-        """A part that the user left out is no failure."""
-        return 0 if self.finished and not any(row.fails for row in self.rows) else 1
+        """0: all that was asked for ran and passed; 1: something failed; 3: something did not run."""
+        return 1 if self.failed else 3 if self.not_run else 0
 
     def write(self, folder: Path) -> None:
         """gpu_check.md and .json, and cost_model.json once there is one; never half a file."""
@@ -122,7 +127,7 @@ class Report:
                 "",
             ]
         lines += [f"{self.started}, `{' '.join(self.command)}`", "", f"**{self.verdict}**", ""]
-        missed = [row for row in self.rows if row.met is False and not row.fails]
+        missed = [row for row in self.rows if row.met is False and row.result == MEASURED]
         if missed:
             lines += ["Bars of speed that were missed:", ""]
             lines += [f"- {row.check}: {row.figure} (bar: {row.bar})" for row in missed]
@@ -131,7 +136,11 @@ class Report:
             lines += [
                 f"## {part.title}",
                 "",
-                f"{part.seconds:.0f} s of {part.budget_s:.0f} s.",
+                {
+                    "over": f"{part.seconds:.0f} s of {part.limit_s:.0f} s.",
+                    "running": f"Running, or killed with this check; at most {part.limit_s:.0f} s.",
+                    "not run": "Not run.",
+                }[part.state],
                 "",
                 *(f"{note}\n" for note in part.notes),
             ]
@@ -154,7 +163,7 @@ def table(rows: Iterable[Row]) -> list[str]:
     lines = ["| check | result | figure | bar | met |", "|---|---|---|---|---|"]
     for row in rows:
         met = {True: "yes", False: "NO", None: "-"}[row.met]
-        result = row.result.upper() if row.fails else row.result
+        result = row.result.upper() if row.result == FAILED else row.result
         cells = (row.check, result, row.figure, row.bar or "-", met)
         lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
     return lines

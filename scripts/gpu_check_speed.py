@@ -1,4 +1,4 @@
-"""The part that measures the 8B shape: capacity, time to first token, time per output token."""
+"""The two parts that measure the 8B shape: capacity, time to first token, time per output token."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ from typing import Any
 
 from gpu_check_children import DONE
 from gpu_check_figures import Side
-from gpu_check_jobs import EAGER, EXAMPLES, IN_PROCESS, SERVING, SpeedJob, Task, engine_task
+from gpu_check_jobs import EAGER, EXAMPLES, IN_PROCESS, SERVING, SpeedJob, Task, script_task
 from gpu_check_model import fit_report, model_rows
 from gpu_check_parts import Context, ask, ended_row
 from gpu_check_report import Part
-from gpu_check_scale import GIB, SpeedScale
-from gpu_check_speed_rows import capacity_rows, single_rows, throughput_rows, ttft_row
+from gpu_check_scale import GIB, Scale, SpeedScale
+from gpu_check_speed_rows import (
+    dense_capacity_row,
+    else_rows,
+    our_capacity_row,
+    single_rows,
+    throughput_rows,
+    ttft_rows,
+)
 
 from vllm_magicpig import capacity
 from vllm_magicpig.config import MagicPigOptions, parse_options
@@ -24,38 +31,19 @@ from compare_setup import SHAPES
 
 BLOCK_SIZE = 128
 REHEARSAL_KV_BYTES = 1 << 30
-OURS_SHARE = 0.6  # of the part's time: magicpig has more cases, and a pool to pin
-MAX_DEVICE_SHARE = 0.92  # of a card that is smaller than the budget: vLLM's default
 
 
 def run_speed(part: Part, budget_s: float, context: Context) -> None:
-    scale = context.scale
-    sizes = scale.speed
-    tasks = speed_tasks(context)
-    answered = ask(part, context, [tasks["speed-magicpig"]], budget_s * OURS_SHARE)
-    left = budget_s - answered["speed-magicpig"].ended.seconds
-    answered |= ask(part, context, [tasks["speed-dense"]], left)
-    sides = {}
-    for name, one in answered.items():
-        part.raw[name]["events"] = one.events
-        sides[name] = Side.of(one)
-        if one.ended.state != DONE:
-            part.rows.append(ended_row(name, one.ended, is_correctness=False))
-    ours, dense = sides["speed-magicpig"], sides["speed-dense"]
-    options = parse_options({"magicpig": sizes.options})
-    shape = speed_config(sizes)
-    tokens_per_gib = BLOCK_SIZE * GIB // host_bytes_per_block(shape, options)
-    part.rows += capacity_rows(ours, dense, sizes, tokens_per_gib, scale.dense_backend)
-    for length in (sizes.long, sizes.longest):
-        if length is not None:
-            part.rows += single_rows(
-                length, ours, dense, shape, options, context.report.facts, sizes
-            )
-    part.rows += throughput_rows(ours, dense, sizes, scale.dense_backend)
-    part.rows.append(ttft_row(ours, dense, sizes, scale.dense_backend))
-    add_model_rows(part, context, ours, dense)
-    if scale.is_rehearsal:  # no bar is meant for such sizes
-        part.rows = [replace(row, bar="", met=None) for row in part.rows]
+    """magicpig's cases, each reported as it is done."""
+    scale, sizes = context.scale, context.scale.speed
+    ours = run_side(part, budget_s, context, "speed-magicpig")
+    options, shape = our_options(sizes), speed_config(sizes)
+    for length in dict.fromkeys(length for length, number in sizes.cases if number == 1):
+        part.rows += single_rows(length, ours, shape, options, context.report.facts)
+    if ours.facts is not None:
+        tokens_per_gib = BLOCK_SIZE * GIB // host_bytes_per_block(shape, options)
+        part.rows.append(our_capacity_row(ours.facts, sizes, tokens_per_gib))
+    without_bars(part, scale)
     part.notes.append(
         f"{sizes.shape}, {shape['num_hidden_layers']} layers, load_format=dummy, random prompts: "
         "attention over such weights is near-uniform and the sampled fraction is not that of real "
@@ -64,70 +52,79 @@ def run_speed(part: Part, budget_s: float, context: Context) -> None:
     )
 
 
+def run_dense_speed(part: Part, budget_s: float, context: Context) -> None:
+    """The dense backend, and what can be said of both."""
+    scale, sizes = context.scale, context.scale.speed
+    dense = run_side(part, budget_s, context, "speed-dense")
+    ours = context.sides.get("speed-magicpig", Side(None, None, {}))
+    shape = speed_config(sizes)
+    if dense.facts is not None:
+        part.rows.append(dense_capacity_row(dense.facts, sizes, scale.dense_backend))
+    part.rows += throughput_rows(ours, dense, sizes, scale.dense_backend)
+    part.rows += ttft_rows(ours, dense, sizes, scale.dense_backend)
+    part.rows += else_rows(ours, dense, shape, context.report.facts, sizes)
+    add_model_rows(part, context, ours, dense)
+    without_bars(part, scale)
+
+
+def run_side(part: Part, budget_s: float, context: Context, name: str) -> Side:
+    answered = ask(part, context, [speed_task(context, name)], budget_s)[name]
+    part.raw[name]["events"] = answered.events
+    if answered.ended.state != DONE:
+        part.rows.append(ended_row(name, answered.ended))
+    side = context.sides[name] = Side.of(answered)
+    return side
+
+
+def without_bars(part: Part, scale: Scale) -> None:
+    if scale.is_rehearsal:  # no bar is meant for such sizes
+        part.rows = [replace(row, bar="", met=None) for row in part.rows]
+
+
+def our_options(sizes: SpeedScale) -> MagicPigOptions:
+    return parse_options({"magicpig": sizes.options})
+
+
 def speed_config(sizes: SpeedScale) -> dict[str, Any]:
-    config = SHAPES[sizes.shape] | {"max_position_embeddings": max_model_len(sizes)}
+    config = SHAPES[sizes.shape] | {"max_position_embeddings": sizes.longest + sizes.output_tokens}
     return config if sizes.num_layers is None else config | {"num_hidden_layers": sizes.num_layers}
 
 
-def max_model_len(sizes: SpeedScale) -> int:
-    return max(sizes.long, sizes.longest or 0) + sizes.output_tokens
-
-
-def our_cases(sizes: SpeedScale) -> list[tuple[int, int]]:
-    """Those that matter most first: what there is no time for is left out at the end."""
-    cases = [(sizes.long, 1), *((sizes.short, number) for number in sizes.num_requests)]
-    return cases if sizes.longest is None else [*cases, (sizes.longest, 1)]
-
-
-def speed_tasks(context: Context) -> dict[str, Task]:
+def speed_task(context: Context, name: str) -> Task:
     """magicpig within the small budget, which is all it needs for every case, and the dense backend
     within the large one."""
     scale, sizes = context.scale, context.scale.speed
-    config = speed_config(sizes)
-    total_gib = context.report.facts.get("gpu_memory_gib")
-    ours, dense = our_cases(sizes), [(sizes.short, number) for number in sizes.num_requests]
-    options = dict(sizes.options)
-    if not scale.is_rehearsal:
-        options["host_kv_cache_gib"] = host_gib(config, parse_options({"magicpig": options}), sizes)
-    environment = IN_PROCESS | EAGER if scale.is_rehearsal else SERVING
-    tasks = {}
-    for name, cases, budget_gib, extra in (
-        (
-            "speed-magicpig",
-            ours,
-            sizes.small_gib,
-            {"attention_backend": "magicpig", "additional_config": {"magicpig": options}},
-        ),
-        ("speed-dense", dense, sizes.large_gib, {"attention_backend": scale.dense_backend}),
-    ):
-        arguments = {
-            "load_format": "dummy",
-            "skip_tokenizer_init": True,
-            "dtype": "bfloat16",
-            "block_size": BLOCK_SIZE,
-            "max_model_len": max(length for length, _ in cases) + sizes.output_tokens,
-            "max_num_seqs": max(sizes.num_requests),
-            "max_num_batched_tokens": sizes.max_num_batched_tokens,
-            "enable_prefix_caching": False,
-            "enforce_eager": not scale.compiles,
-            **budget(budget_gib, total_gib),
-            **extra,
+    config, options = speed_config(sizes), dict(sizes.options)
+    ours = name == "speed-magicpig"
+    cases = list(sizes.cases if ours else sizes.dense_cases)
+    if ours and not scale.is_rehearsal:
+        options["host_kv_cache_gib"] = host_gib(config, our_options(sizes), sizes)
+        options["check_host_memory"] = False
+    backend: dict[str, Any] = {"attention_backend": scale.dense_backend}
+    if ours:
+        backend = {
+            "attention_backend": "magicpig",
+            "additional_config": {"magicpig": options},
         }
-        job = SpeedJob(config, cases, sizes.output_tokens, name == "speed-magicpig", arguments)
-        tasks[name] = engine_task(name, job, environment, context.scratch)
-    return tasks
-
-
-def budget(gib: float | None, total_gib: float | None) -> dict[str, Any]:
-    """EngineArgs for so much device memory, weights included; on a CPU for the KV cache alone."""
-    if gib is None:
-        return {"kv_cache_memory_bytes": REHEARSAL_KV_BYTES}
-    if not total_gib:
-        raise ValueError(
-            "the memory of the GPU is not known, as the hardware part did not tell it; do not skip "
-            "that part."
-        )
-    return {"gpu_memory_utilization": min(gib / total_gib, MAX_DEVICE_SHARE)}
+    arguments = {
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "dtype": "bfloat16",
+        "block_size": BLOCK_SIZE,
+        "max_model_len": max(length for length, _ in cases) + sizes.output_tokens,
+        "max_num_seqs": sizes.max_num_seqs,
+        "max_num_batched_tokens": sizes.max_num_batched_tokens,
+        "enable_prefix_caching": False,
+        "enforce_eager": not scale.compiles,
+        **({"kv_cache_memory_bytes": REHEARSAL_KV_BYTES} if scale.is_rehearsal else {}),
+        **backend,
+    }
+    device_gib = sizes.small_gib if ours else sizes.large_gib
+    job = SpeedJob(config, cases, sizes.output_tokens, ours, device_gib, arguments)
+    environment = IN_PROCESS | EAGER if scale.is_rehearsal else SERVING
+    return script_task(
+        name, "gpu_check_engine.py", job, environment, context.scratch, context.results
+    )
 
 
 def host_bytes_per_block(config: Mapping[str, Any], options: MagicPigOptions) -> int:
@@ -146,12 +143,11 @@ def sampled_shape(config: Mapping[str, Any], options: MagicPigOptions) -> tuple[
 def host_gib(config: Mapping[str, Any], options: MagicPigOptions, sizes: SpeedScale) -> float:
     """What the largest case needs: no more than that has to be pinned."""
     blocks = max(
-        number * -(-(length + sizes.output_tokens) // BLOCK_SIZE)
-        for length, number in our_cases(sizes)
+        number * -(-(length + sizes.output_tokens) // BLOCK_SIZE) for length, number in sizes.cases
     )
     host_bytes = host_bytes_per_block(config, options) * (blocks + 1)  # with the null block
     host_bytes += capacity.index_spare_bytes(
-        *sampled_shape(config, options), BLOCK_SIZE, max(length for length, _ in our_cases(sizes))
+        *sampled_shape(config, options), BLOCK_SIZE, sizes.longest
     )
     return round(host_bytes / GIB + 0.1, 1)  # a tenth against rounding
 

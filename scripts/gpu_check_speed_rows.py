@@ -9,11 +9,11 @@ from typing import Any
 from gpu_check_figures import HostStep, Measured, Side
 from gpu_check_jobs import EXAMPLES
 from gpu_check_report import (
-    CUT,
     MAX_ELSE_US,
     MAX_TPOT_MS,
     MAX_TTFT_RATIO,
     MIN_GATHER_SHARE,
+    NOT_RUN,
     Row,
     measured,
 )
@@ -25,36 +25,27 @@ sys.path.append(str(EXAMPLES))
 from compare_figures import Case, EngineFacts
 
 
-def capacity_rows(
-    ours: Side, dense: Side, sizes: SpeedScale, tokens_per_gib: int, dense_name: str
-) -> list[Row]:
-    """tokens_per_gib: of host memory, magicpig's."""
-    rows = []
+def our_capacity_row(facts: EngineFacts, sizes: SpeedScale, tokens_per_gib: int) -> Row:
+    """tokens_per_gib: of host memory."""
     where = "" if sizes.small_gib is None else f", {sizes.small_gib:g} GiB of device memory"
-    if ours.facts is not None:
-        rows.append(
-            measured(
-                f"KV capacity of magicpig{where}",
-                f"{ours.facts.kv_cache_tokens:,} tokens in a host pool made for this run (a GiB of "
-                f"host memory holds {tokens_per_gib:,}); start-up {ours.facts.start_s:.0f} s",
-            )
-        )
-    if dense.facts is None:
-        return rows
-    facts = dense.facts
+    return measured(
+        f"KV capacity of magicpig{where}",
+        f"{facts.kv_cache_tokens:,} tokens in a host pool made for this run (a GiB of host memory "
+        f"holds {tokens_per_gib:,}); start-up {facts.start_s:.0f} s",
+    )
+
+
+def dense_capacity_row(facts: EngineFacts, sizes: SpeedScale, dense_name: str) -> Row:
     if sizes.small_gib is None or sizes.large_gib is None:
         figure = f"{facts.kv_cache_tokens:,} tokens; start-up {facts.start_s:.0f} s"
-        return [*rows, measured(f"KV capacity of {dense_name}", figure)]
+        return measured(f"KV capacity of {dense_name}", figure)
     tokens = capacity_at(facts, sizes.large_gib, sizes.small_gib)
-    rows.append(
-        measured(
-            f"KV capacity of {dense_name}{where}",
-            f"{tokens:,} tokens: {'less' if tokens < sizes.long else 'NOT less'} than a request of "
-            f"{sizes.long:,} (derived: its {facts.kv_bytes / GIB:.1f} GiB of KV, "
-            f"{facts.kv_cache_tokens:,} tokens, at {sizes.large_gib:g} GiB, less the difference)",
-        )
+    return measured(
+        f"KV capacity of {dense_name}, {sizes.small_gib:g} GiB of device memory",
+        f"{tokens:,} tokens: {'less' if tokens < sizes.longest else 'NOT less'} than a request of "
+        f"{sizes.longest:,} (derived: its {facts.kv_bytes / GIB:.1f} GiB of KV, "
+        f"{facts.kv_cache_tokens:,} tokens, at {sizes.large_gib:g} GiB, less the difference)",
     )
-    return rows
 
 
 def capacity_at(facts: EngineFacts, budget_gib: float, other_gib: float) -> int:
@@ -66,17 +57,15 @@ def capacity_at(facts: EngineFacts, budget_gib: float, other_gib: float) -> int:
 def single_rows(
     length: int,
     ours: Side,
-    dense: Side,
     shape: Mapping[str, Any],
     options: MagicPigOptions,
     facts: Mapping[str, Any],
-    sizes: SpeedScale,
 ) -> list[Row]:
     """One request of a long context: its times, and where they go."""
     what = f"1 x {length:,} tokens"
     one = ours.cases.get(Case(length, 1))
     if one is None or one.host is None:
-        return [Row(f"{what}: magicpig", CUT, "not reached")]
+        return [Row(f"{what}: magicpig", NOT_RUN, "not reached")]
     host, tpot_ms = one.host, one.tpot_us / 1e3
     median = "no" if one.figures.tpot_ms is None else f"{one.figures.tpot_ms:.1f} ms"
     read_bytes = row_bytes(host, 1, shape, options)
@@ -108,7 +97,6 @@ def single_rows(
                 share >= MIN_GATHER_SHARE,
             )
         )
-    rows.append(else_row(what, one, host, dense, shape, facts, sizes))
     return rows
 
 
@@ -144,14 +132,27 @@ def split(host: HostStep, tpot_us: float, facts: Mapping[str, Any]) -> str:
     return f"{text} ms; {host.threads} threads, {host.layers} layers, {host.steps} steps"
 
 
-def else_row(
-    what: str,
-    one: Measured,
-    host: HostStep,
+def else_rows(
+    ours: Side,
     dense: Side,
     shape: Mapping[str, Any],
     facts: Mapping[str, Any],
     sizes: SpeedScale,
+) -> list[Row]:
+    """Of each case of one request that magicpig has answered."""
+    singles = [one for one in ours.cases.values() if one.case.num_requests == 1]
+    baseline = dense.cases.get(Case(sizes.dense_cases[0][0], 1))
+    return [
+        else_row(one, one.host, baseline, shape, facts) for one in singles if one.host is not None
+    ]
+
+
+def else_row(
+    one: Measured,
+    host: HostStep,
+    baseline: Measured | None,
+    shape: Mapping[str, Any],
+    facts: Mapping[str, Any],
 ) -> Row:
     """All of a sampled layer but the callback itself and the GPU's own work.
 
@@ -160,9 +161,8 @@ def else_row(
     the dense layers.
     """
     outside_us = one.tpot_us - host.callback_us
-    baseline = dense.cases.get(Case(sizes.short, 1))
     device = facts.get("device_bandwidth")
-    check = f"{what}: everything else"
+    check = f"1 x {one.case.length:,} tokens: everything else"
     bar = f"<= {MAX_ELSE_US:g} us a layer"
     if baseline is None or device is None:
         each = outside_us / host.layers
@@ -173,18 +173,18 @@ def else_row(
             True if each <= MAX_ELSE_US else None,
         )
     token_us = 2 * shape["num_key_value_heads"] * shape["head_dim"] * 2 / device["hbm_gbs"] / 1e3
-    dense_layers = shape["num_hidden_layers"] - host.layers
+    dense_layers, short = shape["num_hidden_layers"] - host.layers, baseline.case.length
     gpu_us = (
         baseline.tpot_us
-        - host.layers * sizes.short * token_us
-        + dense_layers * (one.case.length - sizes.short) * token_us
+        - host.layers * short * token_us
+        + dense_layers * (one.case.length - short) * token_us
     )
     each = (outside_us - gpu_us) / host.layers
     return measured(
         check,
         f"{each:.0f} us a layer: {outside_us / 1e3:.2f} ms outside of the callbacks less "
         f"{gpu_us / 1e3:.2f} ms of the GPU's own work (the dense backend's step at "
-        f"{sizes.short:,} tokens, corrected by KV bytes over {device['hbm_gbs']:.0f} GB/s)",
+        f"{short:,} tokens, corrected by KV bytes over {device['hbm_gbs']:.0f} GB/s)",
         bar,
         each <= MAX_ELSE_US,
     )
@@ -197,17 +197,17 @@ def throughput_rows(ours: Side, dense: Side, sizes: SpeedScale, dense_name: str)
         if sizes.large_gib is None
         else f" ({dense_name} within {sizes.large_gib:g} GiB, magicpig within {sizes.small_gib:g})"
     )
-    for number in sizes.num_requests:
-        case = Case(sizes.short, number)
-        check = f"{number} x {sizes.short:,} tokens: decode"
+    for length, number in sizes.dense_cases:
+        case = Case(length, number)
+        check = f"{number} x {length:,} tokens: decode"
         a, b = ours.cases.get(case), dense.cases.get(case)
         if a is None or b is None:
             missing = [name for name, one in (("magicpig", a), (dense_name, b)) if one is None]
-            rows.append(Row(check, CUT, f"not reached: {' and '.join(missing)}"))
+            rows.append(Row(check, NOT_RUN, f"not reached: {' and '.join(missing)}"))
             continue
         speeds = [one.figures.decode_tokens_per_s for one in (a, b)]
         if speeds[0] is None or speeds[1] is None:
-            rows.append(Row(check, CUT, "no step that only decodes"))
+            rows.append(Row(check, NOT_RUN, "no step that only decodes"))
             continue
         fraction = 0.0 if a.host is None else a.host.sampled_fraction
         rows.append(
@@ -220,17 +220,24 @@ def throughput_rows(ours: Side, dense: Side, sizes: SpeedScale, dense_name: str)
     return rows
 
 
-def ttft_row(ours: Side, dense: Side, sizes: SpeedScale, dense_name: str) -> Row:
-    case = Case(sizes.short, 1)
-    check = f"1 x {sizes.short:,} tokens: time to first token"
-    a, b = ours.cases.get(case), dense.cases.get(case)
-    if a is None or b is None:
-        return Row(check, CUT, "not reached by both")
-    ratio = a.figures.ttft_median_s / b.figures.ttft_median_s
-    return measured(
-        check,
-        f"magicpig {a.figures.ttft_median_s:.3f} s, {dense_name} {b.figures.ttft_median_s:.3f} s, "
-        f"ratio {ratio:.2f}",
-        f"<= {MAX_TTFT_RATIO:g}",
-        ratio <= MAX_TTFT_RATIO,
-    )
+def ttft_rows(ours: Side, dense: Side, sizes: SpeedScale, dense_name: str) -> list[Row]:
+    """Of the cases that both backends have."""
+    rows = []
+    for length, number in sizes.dense_cases:
+        case = Case(length, number)
+        check = f"{number} x {length:,} tokens: time to first token"
+        a, b = ours.cases.get(case), dense.cases.get(case)
+        if a is None or b is None:
+            rows.append(Row(check, NOT_RUN, "not reached by both"))
+            continue
+        ratio = a.figures.ttft_median_s / b.figures.ttft_median_s
+        rows.append(
+            measured(
+                check,
+                f"magicpig {a.figures.ttft_median_s:.3f} s, {dense_name} "
+                f"{b.figures.ttft_median_s:.3f} s, ratio {ratio:.2f}",
+                f"<= {MAX_TTFT_RATIO:g}",
+                ratio <= MAX_TTFT_RATIO,
+            )
+        )
+    return rows
