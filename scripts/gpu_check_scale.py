@@ -183,7 +183,7 @@ REHEARSAL = Scale(
     device_buffer_bytes=0,
     gathered_bytes=64 * MIB,
     probes=ProbesJob([64 * MIB, 256 * MIB], latency_rounds=10, callback_ms=5.0),
-    test_files=("tests/test_stats.py", "tests/test_capacity.py"),  # that run without a GPU
+    test_files=("tests/test_stats.py", "tests/test_cpus.py"),  # that run without a GPU
     test_marker="not gpu",
     parity=ParityScale(
         shape="small",
