@@ -115,9 +115,10 @@ def test_each_stage_fits_the_command_that_runs_it() -> None:
     assert gpu_check.STAGES["first"].seconds <= 270 - 45
     assert gpu_check.STAGES["second"].seconds <= 8 * 60 - 45
     for stage in gpu_check.STAGES.values():
-        limits = [GPU.limits[kind.name] for kind in stage.kinds]
-        assert sum(limits) <= stage.seconds
-        assert min(limits) > 2 * ENDING_S
+        for scale in (GPU, REHEARSAL):
+            limits = [scale.limits[kind.name] for kind in stage.kinds]
+            assert sum(limits) <= stage.seconds
+            assert min(limits) > 2 * ENDING_S
     assert ENDING_S >= children.GRACE_S
 
 
