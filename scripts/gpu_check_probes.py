@@ -26,6 +26,7 @@ from vllm_magicpig.cpus import kernel_cpus
 from vllm_magicpig.host_pool import HostPool
 
 Figures = Mapping[str, float]
+DEVICE = "cuda"
 SMALL_BYTES = 8192  # a query of 32 heads of 128 in bfloat16
 HEADS, HEAD_SIZE, BLOCK_SIZE, TOKENS = 8, 128, 128, 8192  # of a chunk of an 8B model
 SPIN_ELEMENTS = 1 << 10  # a kernel of a few us
@@ -124,10 +125,10 @@ def triton_on_registered_memory(job: ProbesJob) -> Figures:
     with small_pages() as (device, pages):
         shape = (TOKENS, HEADS, HEAD_SIZE)
         key, value, keys_back, values_back = (
-            torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)
+            torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(4)
         )
-        slots = torch.arange(TOKENS, device="cuda", dtype=torch.int64)
-        table = torch.arange(pages.shape[0], device="cuda", dtype=torch.int32)
+        slots = torch.arange(TOKENS, device=DEVICE, dtype=torch.int64)
+        table = torch.arange(pages.shape[0], device=DEVICE, dtype=torch.int32)
         kernels, num_bytes = device.kernels, 2 * key.nbytes
 
         def store() -> None:
@@ -176,7 +177,7 @@ class HostFunctions:
 def between_kernels_us(rounds: int, work: Callable[[], None]) -> list[float]:
     """Device time from the end of one kernel to the start of the next, `work` between them. The first
     kernel is busy until all is launched, so that Python's own time is not in it."""
-    spin = torch.ones(SPIN_ELEMENTS, device="cuda")
+    spin = torch.ones(SPIN_ELEMENTS, device=DEVICE)
     times = []
     for _ in range(rounds + 10):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -210,7 +211,7 @@ def host_function_latency(job: ProbesJob) -> Figures:
 def copy_latency(job: ProbesJob) -> Figures:
     """Of a query's size, to and from pinned memory."""
     host = torch.ones(SMALL_BYTES, dtype=torch.uint8).pin_memory()
-    here = torch.ones(SMALL_BYTES, dtype=torch.uint8, device="cuda")
+    here = torch.ones(SMALL_BYTES, dtype=torch.uint8, device=DEVICE)
     to_host = between_kernels_us(
         job.latency_rounds, lambda: host.copy_(here, non_blocking=True) and None
     )
@@ -227,7 +228,7 @@ def launches_beside_a_host_function(job: ProbesJob) -> Figures:
     """How long Python waits in a launch while a host function runs: near 0, or near all of it."""
     functions = HostFunctions()
     one, other = torch.cuda.Stream(), torch.cuda.Stream()
-    spin = torch.ones(SPIN_ELEMENTS, device="cuda")
+    spin = torch.ones(SPIN_ELEMENTS, device=DEVICE)
     spin.add_(1)  # compiled and loaded before anything is timed
     figures = {}
 
@@ -257,7 +258,7 @@ def second_stream_beside_a_host_function(job: ProbesJob) -> Figures:
     """When a kernel of another stream ends, launched while a host function runs."""
     functions = HostFunctions()
     one, other = torch.cuda.Stream(), torch.cuda.Stream()
-    spin = torch.ones(SPIN_ELEMENTS, device="cuda")
+    spin = torch.ones(SPIN_ELEMENTS, device=DEVICE)
     spin.add_(1)
     torch.cuda.synchronize()
     functions.sleep(one, job.callback_ms)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gpu_check_parts as parts
@@ -14,6 +17,8 @@ from gpu_check_jobs import ROOT, ProbesJob
 from gpu_check_probe_rows import run_probes
 from gpu_check_report import FAILED, MEASURED, NOT_RUN, PASSED, Part, Row
 from gpu_check_scale import GPU
+
+from vllm_magicpig.triton_kernels.host_pages import gather_pages_reference, store_pages_reference
 
 # -------------------------------------------------------------------------------------------- tests
 
@@ -95,30 +100,86 @@ def test_every_byte_that_is_counted_is_gathered(monkeypatch: pytest.MonkeyPatch)
     assert gather_gbs(memory, 512, 512 * 64 * 32) == pytest.approx(512 * 64 * 32 / 1e9)
 
 
-def test_the_empty_callback_is_callable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for cuLaunchHostFunc that calls it at once, as the driver would."""
-    import ctypes
+SIGNATURE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
 
+
+class Driver:
+    """Stands in for the extension: a cuLaunchHostFunc that calls at once, as the driver would later."""
+
+    def __init__(self, status: int = 0) -> None:
+        self.called: list[tuple[int, int | None]] = []
+
+        def launch(stream: int, function: int, data: int | None) -> int:
+            ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(data)
+            self.called.append((stream, data))
+            return status
+
+        self._launch = SIGNATURE(launch)
+
+    def find_launch_host_func(self) -> int | None:
+        return ctypes.cast(self._launch, ctypes.c_void_p).value
+
+
+def test_the_empty_callback_is_callable(monkeypatch: pytest.MonkeyPatch) -> None:
     import gpu_check_hardware as hardware
 
-    called = []
-    signature = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
-
-    @signature
-    def launch(stream: int, function: int, data: int) -> int:
-        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(data)
-        called.append((stream, data))
-        return 0
-
-    class Native:
-        @staticmethod
-        def find_launch_host_func() -> int | None:
-            return ctypes.cast(launch, ctypes.c_void_p).value
-
-    monkeypatch.setattr(hardware, "_C", Native)
+    driver = Driver()
+    monkeypatch.setattr(hardware, "_C", driver)
     found, callback = host_callback()
     assert found(5, callback, None) == 0
-    assert called == [(5, None)]
+    assert driver.called == [(5, None)]
+
+
+def test_host_functions_of_the_probes_sleep_as_long_as_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import gpu_check_probes as probes
+
+    driver, stream = Driver(), SimpleNamespace(cuda_stream=7)
+    monkeypatch.setattr(probes, "_C", driver)
+    functions = probes.HostFunctions()
+    functions.nothing(stream)  # type: ignore[arg-type]
+    started = time.perf_counter()
+    functions.sleep(stream, 20.0)  # type: ignore[arg-type]
+    assert time.perf_counter() - started >= 0.02
+    assert driver.called == [(7, None), (7, 20_000)]
+    monkeypatch.setattr(probes, "_C", Driver(status=1))
+    with pytest.raises(RuntimeError, match="cuLaunchHostFunc answers 1"):
+        probes.HostFunctions().nothing(stream)  # type: ignore[arg-type]
+
+
+class ReferenceKernels:
+    store_pages = staticmethod(store_pages_reference)
+    gather_pages = staticmethod(gather_pages_reference)
+
+
+class LosingKernels(ReferenceKernels):
+    @staticmethod
+    def store_pages(*_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kernels", [ReferenceKernels, LosingKernels])
+def test_the_triton_probe_compares_what_comes_back(
+    kernels: type[ReferenceKernels], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the kernels' references, so that its arguments are those that the kernels take."""
+    import gpu_check_probes as probes
+
+    device = probes._Unpinned()
+    device.kernels = kernels  # type: ignore[attr-defined]
+    monkeypatch.setattr(probes, "DEVICE", "cpu")
+    monkeypatch.setattr(probes, "TOKENS", 512)
+    monkeypatch.setattr(probes, "cuda_device", lambda: device)
+    monkeypatch.setattr(probes, "device_us", lambda work: work() or 1e3)
+    monkeypatch.setattr(probes.torch.cuda, "synchronize", lambda: None)
+    job = ProbesJob([], latency_rounds=1, callback_ms=1.0)
+    if kernels is LosingKernels:
+        with pytest.raises(RuntimeError, match="come back different"):
+            probes.triton_on_registered_memory(job)
+        return
+    figures = probes.triton_on_registered_memory(job)
+    assert figures["stored, GB/s"] == pytest.approx(2 * 512 * 8 * 128 * 2 / 1e6)
 
 
 @pytest.mark.parametrize(
