@@ -17,6 +17,8 @@ from gpu_check_scale import Scale
 from gpu_check_wheel import Origin, installed_origin, sources_digest
 
 MAX_NAMES = 10  # of failed or skipped tests in a row
+# Those of pyproject.toml but --strict-config: the machine may lack the plugin that knows `timeout`.
+PYTEST_OPTIONS = "--import-mode=importlib -p no:logging"
 
 
 @dataclass
@@ -177,6 +179,8 @@ def run_tests(part: Part, budget_s: float, context: Context) -> None:
             f"--confcutdir={ROOT}",
             "-c",
             str(ROOT / "pyproject.toml"),
+            "-o",
+            f"addopts={PYTEST_OPTIONS}",
             str(ROOT / file),
         ]
         children.append(Child(name, command, OFFLINE))

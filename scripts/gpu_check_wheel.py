@@ -106,9 +106,9 @@ def find(folder: Path, root: Path) -> tuple[Path | None, str]:
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
     digest, others = sources_digest(root), []
     for wheel in sorted(folder.glob("vllm_magicpig-*.whl")):
-        _, _, *build_number, tag, _, _ = wheel.stem.split("-")
-        origin = Origin.parse(build_number[0]) if build_number else None
-        if origin is not None and tag == python and origin.digest == digest:
+        fields = wheel.stem.split("-")  # name, version, build number if any, Python, ABI, platform
+        origin = Origin.parse(fields[2]) if len(fields) == 6 else None
+        if origin is not None and fields[3] == python and origin.digest == digest:
             return wheel, f"{wheel.name} was built of this tree's sources, commit {origin.commit}."
         others.append(wheel.name)
     found = ", ".join(others) or "no wheel"

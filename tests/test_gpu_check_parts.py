@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from gpu_check_helpers import context
 from gpu_check_jobs import ROOT, ProbesJob
 from gpu_check_probe_rows import run_probes
 from gpu_check_report import FAILED, MEASURED, NOT_RUN, PASSED, Part, Row
-from gpu_check_scale import GPU
+from gpu_check_scale import GPU, REHEARSAL
 
 from vllm_magicpig.triton_kernels.host_pages import gather_pages_reference, store_pages_reference
 
@@ -74,6 +75,18 @@ def test_tests_pass_when_some_ran_and_none_failed(passed: int, state: str, resul
 def test_tests_without_a_report_prove_nothing(state: str, result: str) -> None:
     (row,) = parts.test_rows("pytest -m gpu", None, ended(state, "why"))
     assert row.result == result
+
+
+def test_tests_run_where_the_plugin_for_time_limits_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pyproject.toml sets its option, and says --strict-config."""
+    command = parts.pytest_command()
+    monkeypatch.setattr(parts, "pytest_command", lambda: [*command, "-p", "no:timeout"])
+    scale = replace(REHEARSAL, test_files=("tests/test_stats.py",))
+    part = Part("tests", "Tests", 60.0)
+    parts.run_tests(part, 60.0, context(tmp_path, scale))
+    assert [row.result for row in part.rows] == [PASSED], part.rows
 
 
 def test_the_gpu_tests_are_those_of_the_files_that_are_named() -> None:

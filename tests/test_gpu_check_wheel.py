@@ -56,6 +56,7 @@ def test_a_wheel_of_this_tree_and_python_is_unpacked(
     kit, site = tmp_path / "kit", tmp_path / "site"
     wheel_of(kit, "0" * 12)
     wheel_of(kit, sources_digest(tree), "cp39")
+    (kit / "vllm_magicpig-0.1.0.whl").touch()
     right = wheel_of(kit, sources_digest(tree))
     earlier = site / "vllm_magicpig-0.0.9.dist-info"
     earlier.mkdir(parents=True)
