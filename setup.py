@@ -50,6 +50,8 @@ setup(
                 "-Wextra",
                 *warnings_are_errors,
                 "-fno-math-errno",
+                # A sum of products is what its source says: fused, it would differ between ISAs.
+                "-ffp-contract=off",
                 "-pthread",
                 *sanitizer_flags,
             ],

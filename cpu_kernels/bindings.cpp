@@ -64,23 +64,12 @@ std::shared_ptr<ThreadPool> make_openmp_pool(int64_t num_threads) {
 PageLayout layout_of(const std::string& row_dtype, int64_t block_size, int64_t head_size,
                      int64_t code_words) {
   PageLayout layout;
-  if (row_dtype == "float32")
-    layout.row_type = RowType::float32;
-  else if (row_dtype == "bfloat16")
-    layout.row_type = RowType::bfloat16;
-  else if (row_dtype == "float16")
-    layout.row_type = RowType::float16;
-  else
-    refuse("row_dtype is \"", row_dtype,
-           "\", but must be \"float32\", \"bfloat16\" or \"float16\"; "
-           "set the KV cache's dtype to one of them.");
+  layout.row_type = row_type_named(row_dtype);
   if (block_size < kTileTokens || block_size > kMaxSegmentTokens || block_size % kTileTokens != 0)
     refuse("block_size is ", block_size,
            ", but must be a multiple of 32 up to 65536; set "
            "--block-size to one.");
-  if (head_size < 16 || head_size > kMaxHeadSize || head_size % 8 != 0)
-    refuse("head_size is ", head_size, ", but must be a multiple of 8 in 16..", kMaxHeadSize,
-           "; use another backend for this model.");
+  check_head_size(head_size);
   layout.block_size = static_cast<int>(block_size);
   layout.head_size = static_cast<int>(head_size);
   layout.code_words = in_range("code_words", code_words, 0, kMaxTables);
@@ -444,6 +433,7 @@ PYBIND11_MODULE(_C, m) {
                              [](BoundIndex& b) { return b.index.builds_refused(); });
 
   m.def("idle_segment_bytes", &idle_segment_bytes);
+  bind_signatures(m);
   bind_decode(m);
   bind_streams(m);
 

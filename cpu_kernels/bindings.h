@@ -22,6 +22,8 @@ namespace magicpig {
 
 namespace py = pybind11;
 
+/// bindings_signatures.cpp.
+void bind_signatures(py::module_& m);
 /// bindings_decode.cpp.
 void bind_decode(py::module_& m);
 /// bindings_stream.cpp.
@@ -65,6 +67,22 @@ inline void check_isa(Isa isa) {
     refuse("isa is ", isa_name(isa),
            ", which this build or this CPU lacks; use resolve_isa(\"auto\")"
            " or \"portable\".");
+}
+
+inline RowType row_type_named(const std::string& row_dtype) {
+  if (row_dtype == "float32") return RowType::float32;
+  if (row_dtype == "bfloat16") return RowType::bfloat16;
+  if (row_dtype == "float16") return RowType::float16;
+  refuse("row_dtype is \"", row_dtype,
+         "\", but must be \"float32\", \"bfloat16\" or \"float16\"; "
+         "set the KV cache's dtype to one of them.");
+}
+
+inline int check_head_size(int64_t head_size) {
+  if (head_size < 16 || head_size > kMaxHeadSize || head_size % 8 != 0)
+    refuse("head_size is ", head_size, ", but must be a multiple of 8 in 16..", kMaxHeadSize,
+           "; use another backend for this model.");
+  return static_cast<int>(head_size);
 }
 
 /// One dimension of a shape: its name, and its size where that is given.

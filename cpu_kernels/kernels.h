@@ -2,6 +2,7 @@
 #pragma once
 
 #include "magicpig.h"
+#include "signatures.h"
 
 namespace magicpig {
 
@@ -106,6 +107,10 @@ struct Kernels {
   int (*list_tokens)(const uint32_t* words, int num_words, int32_t first, int32_t* tokens);
   /// Adds rows to the running softmax of each head.
   void (*attend)(const AttendArgs& args);
+  /// One block of signatures: keys of its first token and on, one each `stride` bytes; signs:
+  /// [2][size], the second over size; block: [layout.block_bytes()], its padding left as it is.
+  void (*encode_signatures)(const SignatureLayout& layout, RowType type, const float* signs,
+                            const uint8_t* keys, size_t stride, uint8_t* block);
 };
 
 namespace portable {

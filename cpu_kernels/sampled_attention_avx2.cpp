@@ -4,6 +4,7 @@
 #include <immintrin.h>
 #include <string.h>
 
+#include "elements.h"
 #include "kernels.h"
 
 // After the includes, so that no inline function of theirs is compiled for this ISA: the linker
@@ -20,10 +21,12 @@
 namespace magicpig::avx2 {
 namespace {
 #include "sampled_attention.inl"
+#include "signature_encode.inl"
 }  // namespace
 
-const Kernels kernels = {hash,        pack_codes,       log_u,       match_segment,
-                         match_tiles, match_signatures, list_tokens, attend};
+const Kernels kernels = {hash,          pack_codes,  log_u,
+                         match_segment, match_tiles, match_signatures,
+                         list_tokens,   attend,      encode_signatures};
 
 }  // namespace magicpig::avx2
 

@@ -3,6 +3,7 @@
 
 #include <string.h>
 
+#include "elements.h"
 #include "intrinsics_avx512.h"
 #include "kernels.h"
 
@@ -26,10 +27,12 @@
 namespace magicpig::avx512_vpopcnt {
 namespace {
 #include "sampled_attention.inl"
+#include "signature_encode.inl"
 }  // namespace
 
-const Kernels kernels = {hash,        pack_codes,       log_u,       match_segment,
-                         match_tiles, match_signatures, list_tokens, attend};
+const Kernels kernels = {hash,          pack_codes,  log_u,
+                         match_segment, match_tiles, match_signatures,
+                         list_tokens,   attend,      encode_signatures};
 
 }  // namespace magicpig::avx512_vpopcnt
 

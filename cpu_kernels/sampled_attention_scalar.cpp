@@ -8,9 +8,11 @@
 namespace magicpig::portable {
 namespace {
 #include "sampled_attention.inl"
+#include "signature_encode.inl"
 }  // namespace
 
-const Kernels kernels = {hash,        pack_codes,       log_u,       match_segment,
-                         match_tiles, match_signatures, list_tokens, attend};
+const Kernels kernels = {hash,          pack_codes,  log_u,
+                         match_segment, match_tiles, match_signatures,
+                         list_tokens,   attend,      encode_signatures};
 
 }  // namespace magicpig::portable

@@ -108,6 +108,18 @@ inline void sum_lanes_of_8(const Vec (&x)[8], float* out) {
   _mm256_storeu_ps(out, _mm256_add_ps(low, high));
 }
 
+/// Lane i of the mask as bit i.
+inline uint32_t bits_of(Mask mask) { return static_cast<uint32_t>(_mm256_movemask_ps(mask.v)); }
+/// a + b in lane i and a - b in lane i + d for a, b of these lanes: d = 1, then 2, then 4.
+inline Vec butterflies_of_lanes(Vec x) {
+  const __m256 s = _mm256_permute_ps(x.v, _MM_SHUFFLE(2, 3, 0, 1));
+  __m256 y = _mm256_blend_ps(_mm256_add_ps(x.v, s), _mm256_sub_ps(s, x.v), 0xaa);
+  const __m256 t = _mm256_permute_ps(y, _MM_SHUFFLE(1, 0, 3, 2));
+  y = _mm256_blend_ps(_mm256_add_ps(y, t), _mm256_sub_ps(t, y), 0xcc);
+  const __m256 u = _mm256_permute2f128_ps(y, y, 1);
+  return {_mm256_blend_ps(_mm256_add_ps(y, u), _mm256_sub_ps(u, y), 0xf0)};
+}
+
 /// Bit i: x[i] > 0, of 8 floats.
 inline uint32_t positive_bits_of_8(const float* x) {
   const __m256 positive = _mm256_cmp_ps(_mm256_loadu_ps(x), _mm256_setzero_ps(), _CMP_GT_OQ);
@@ -298,6 +310,18 @@ inline void sum_lanes_of_8(const Vec (&x)[8], float* out) {
   _mm256_storeu_ps(out, _mm256_add_ps(low_half(swapped), high_half(swapped)));
 }
 
+inline uint32_t bits_of(Mask mask) { return mask.v; }
+inline Vec butterflies_of_lanes(Vec x) {
+  const __m512 s = _mm512_shuffle_ps(x.v, x.v, _MM_SHUFFLE(2, 3, 0, 1));
+  __m512 y = _mm512_mask_sub_ps(_mm512_add_ps(x.v, s), 0xaaaa, s, x.v);
+  const __m512 t = _mm512_shuffle_ps(y, y, _MM_SHUFFLE(1, 0, 3, 2));
+  y = _mm512_mask_sub_ps(_mm512_add_ps(y, t), 0xcccc, t, y);
+  const __m512 u = _mm512_shuffle_f32x4(y, y, _MM_SHUFFLE(2, 3, 0, 1));
+  y = _mm512_mask_sub_ps(_mm512_add_ps(y, u), 0xf0f0, u, y);
+  const __m512 w = _mm512_shuffle_f32x4(y, y, _MM_SHUFFLE(1, 0, 3, 2));
+  return {_mm512_mask_sub_ps(_mm512_add_ps(y, w), 0xff00, w, y)};
+}
+
 inline uint32_t positive_bits_of_8(const float* x) {
   return _mm256_cmp_ps_mask(_mm256_loadu_ps(x), _mm256_setzero_ps(), _CMP_GT_OQ);
 }
@@ -447,6 +471,22 @@ inline float sum_lanes(Vec x) {
 }
 inline void sum_lanes_of_8(const Vec (&x)[8], float* out) {
   for (int i = 0; i < 8; ++i) out[i] = sum_lanes(x[i]);
+}
+
+inline uint32_t bits_of(Mask mask) {
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(mask.v[i]) << i;
+  return bits;
+}
+inline Vec butterflies_of_lanes(Vec x) {
+  for (int d = 1; d < kLanes; d *= 2)
+    for (int i = 0; i < kLanes; ++i)
+      if ((i & d) == 0) {
+        const float sum = x.v[i] + x.v[i + d];
+        x.v[i + d] = x.v[i] - x.v[i + d];
+        x.v[i] = sum;
+      }
+  return x;
 }
 
 inline uint32_t positive_bits_of_8(const float* x) {

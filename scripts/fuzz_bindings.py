@@ -203,6 +203,12 @@ def signs(case: Case) -> np.ndarray:
     return generator.choice(np.array([1, -1], np.int8), (3 + blocks, case.hash_size))
 
 
+def rotation_signs(case: Case) -> np.ndarray:
+    generator = np.random.default_rng(case.rng.getrandbits(32))
+    size = 1 << (case.head_size - 1).bit_length()
+    return generator.choice(np.array([1, -1], np.int8), (2, size))
+
+
 def only_sampled(build: Callable[[Case], Any]) -> Callable[[Case], Any]:
     """None in exact mode."""
     return lambda case: build(case) if case.sampled else None
@@ -303,6 +309,11 @@ ARGUMENTS: dict[str, Callable[[Case], Any]] = {
     "SimHash.hash.center": lambda case: case.rng.choice(
         [None, floats(case, case.num_q_heads, case.head_size)]
     ),
+    "encode_signatures.keys": lambda case: rows(
+        case, 128 * case.rng.choice([0, 1, 3]), case.head_size
+    ),
+    "encode_signatures.signs": rotation_signs,
+    "bits": lambda case: case.rng.choice([1, 2, 4]),
     "SimHash.head_size": lambda case: min(case.head_size, case.hash_size),
     "fraction": lambda case: case.rng.choice([1.0, 0.5, 1e-6]),
     "row_budget": lambda case: case.rng.choice([0.0, 0.0, 1e-9, 0.01, 0.3, 1.0]),

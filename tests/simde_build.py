@@ -22,7 +22,8 @@ SOURCES = ROOT / "cpu_kernels"
 BUILD = ROOT / "build" / "simde_module"
 
 FLAGS = [
-    *("-std=c++17", "-O1", "-fPIC", "-pthread", "-fvisibility=hidden", "-fno-math-errno"),
+    *("-std=c++17", "-O1", "-fPIC", "-pthread", "-fvisibility=hidden"),
+    *("-fno-math-errno", "-ffp-contract=off"),
     "-DMAGICPIG_SIMDE",
     # A namespace of its own: pybind11 knows types by their names in the whole process, and the
     # tests have loaded the real extension, too.

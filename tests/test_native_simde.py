@@ -15,9 +15,12 @@ import simde_build
 import torch
 from disassembly import AVX512, KINDS, disassembled, kinds_by_symbol, needs_objdump
 from native_helpers import Layer, Rule, isa_or_none, pool
+from signature_worlds import world
 from test_native_budget import World
 from test_native_decode import BOUND, DTYPES, Batch
 from test_native_hashing import SETTINGS, check_log_u
+from test_native_signatures import SHAPES
+from test_native_signatures import check as check_signatures
 
 each_avx512 = pytest.mark.parametrize("name", ["avx512", "avx512_vpopcnt"])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -111,3 +114,13 @@ def test_scans_and_budgets(simde: ModuleType, name: str, setting: tuple[int, int
     for rule in (Rule(2, row_budget=0.013), Rule(setting[1] * 5 // 8)):
         world.check_sample(rule, isa)
     world.check_decode(Rule(2, row_budget=0.013), isa)
+
+
+@each_avx512
+@each_dtype
+@pytest.mark.parametrize(("head_size", "bits"), SHAPES)
+def test_signatures_are_the_references(
+    simde: ModuleType, name: str, head_size: int, bits: int, dtype: torch.dtype
+) -> None:
+    keys = world(256, head_size).keys.to(dtype)
+    check_signatures(keys, bits, simde.resolve_isa(name), simde)

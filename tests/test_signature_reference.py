@@ -51,7 +51,7 @@ def test_rotations_keep_products(head_size: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_codes_are_half_integers_of_the_best_of_six_steps(bits: int) -> None:
+def test_codes_are_half_integers_of_the_best_step(bits: int) -> None:
     w = world(256)
     signatures, R = w.encoded(bits)
     allowed = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)) + 0.5
@@ -71,7 +71,7 @@ def test_codes_are_half_integers_of_the_best_of_six_steps(bits: int) -> None:
 
 def test_more_bits_leave_less_error() -> None:
     """Uniform quantisers lose D = .363, .1188 and .0115 of a normal's variance (Max, 1960), and e2 is
-    |x|^2 D / (1 - D) / (p - 1); 64 dimensions and the best of six steps do a little better."""
+    |x|^2 D / (1 - D) / (p - 1); 64 dimensions and the best of three steps do a little better."""
     w = world(1024)
     for bits, lost in ((1, 0.3634), (2, 0.1188), (4, 0.01154)):
         signatures, _ = w.encoded(bits)

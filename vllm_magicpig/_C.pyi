@@ -119,6 +119,20 @@ def pack_codes(
     With num_bits = 16 the codes are the words of a signature of tables of one bit.
     """
 
+def encode_signatures(
+    keys: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
+    row_dtype: str,
+    signs: npt.NDArray[np.int8],
+    bits: int,
+    isa: Isa,
+    pool: ThreadPool,
+) -> npt.NDArray[np.uint8]:
+    """Blocks of signatures, uint8 [n / 128, block_bytes], byte for byte those of signature_blocks.py.
+
+    keys: [n, head_size], n a multiple of 128, float32 or the bits of row_dtype; signs: int8 [2, size] of
+    signature_reference.rotation_signs; bits: 1, 2 or 4.
+    """
+
 class SimHash:
     """The hyperplanes of one layer as Walsh-Hadamard transforms between random signs.
 

@@ -4,9 +4,9 @@
     page = pack(encoded, block)                        uint8, as the pool holds it
 
 The kernels repeat this bit for bit: every operation is one IEEE float32 operation, rounded to nearest,
-nothing fused, and every sum has its order. Sums over dimensions run one dimension after another, so
-that vectors hold tokens and may be of any width; the mean runs one token after another, so that they
-hold dimensions. A device whose sums have another order agrees but for keys near a boundary.
+nothing fused, and every sum has its order: over dimensions in 16 partial sums (`sum16`), which vectors
+of 4, 8 and 16 lanes all keep, over tokens one after another. A device whose sums have another order
+agrees but for keys near a boundary.
 
 Block of one kv head: 2 tiles of 64 tokens, then the header, then zeros to a multiple of 64 bytes.
 
@@ -60,7 +60,7 @@ def encode_blocks(keys: torch.Tensor, signs: torch.Tensor, bits: int) -> Encoded
     x = (blocks - means.float()[:, None]).flatten(0, 1)
     y = rotate(x, signs)
     size, sizes = y.shape[1], y.abs()
-    squares = in_order(y * y)
+    squares, half = sum16(y * y), sum16(sizes) * 0.5
     rms = (squares / size).sqrt()
     top = 2 ** (bits - 1) - 1
     best = torch.full_like(squares, -1.0)
@@ -69,7 +69,7 @@ def encode_blocks(keys: torch.Tensor, signs: torch.Tensor, bits: int) -> Encoded
         step = torch.tensor(QUANTISER_STEP[bits] * factor, dtype=torch.float32)
         inverse = torch.where(squares > 0, 1 / (rms * step), 0.0)
         tried = (sizes * inverse[:, None]).trunc().clamp(max=top)
-        product = in_order(sizes * (tried + 0.5))
+        product = half + sum16(sizes * tried)
         norm = (2 * tried + 1).pow(2).sum(1)  # 4 |c|^2: integers below 2^16, exact in any order
         quality = product * product / norm
         better = quality > best
@@ -81,7 +81,7 @@ def encode_blocks(keys: torch.Tensor, signs: torch.Tensor, bits: int) -> Encoded
     e2 = torch.where(alike > 0, squares * lost / (size - 1), 0.0)
     units = f.amax(1) / MOST_FACTOR
     factors = torch.where(units[:, None] > 0, (f / units[:, None]).round(), 0.0)
-    codes = torch.where(y < 0, top - levels, top + 1 + levels)
+    codes = torch.where(y > 0, top + 1 + levels, top - levels)
     return EncodedBlocks(
         means,
         codes.to(torch.uint8).reshape(-1, BLOCK_TOKENS, size),
@@ -97,6 +97,24 @@ def in_order(terms: torch.Tensor) -> torch.Tensor:
     for i in range(1, terms.shape[-1]):
         total += terms[..., i]
     return total
+
+
+def sum16(terms: torch.Tensor) -> torch.Tensor:
+    """Sums of the last dimension with 16 partial sums: float32 [..., n] to [...].
+
+    Partial sum i adds up terms i, i + 16, i + 32 in order; then halves are added until one is left: 0
+    to 7 and 8 to 15 first.
+    """
+    padded = torch.nn.functional.pad(terms, (0, -terms.shape[-1] % 16))
+    return halves(in_order(padded.reshape(*terms.shape[:-1], -1, 16).transpose(-1, -2)))
+
+
+def halves(partial: torch.Tensor) -> torch.Tensor:
+    """Sums of the last dimension, a power of two: its halves are added until one is left."""
+    while partial.shape[-1] > 1:
+        low, high = partial.chunk(2, -1)
+        partial = low + high
+    return partial[..., 0]
 
 
 def rotate(vectors: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:

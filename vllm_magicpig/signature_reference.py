@@ -34,8 +34,9 @@ QUANTISER_STEP = {1: 1.0, 2: 0.9957, 4: 0.335}
 """Step of the uniform quantiser of a unit normal with the least square error (Max, 1960), by bits; with
 1 bit the sign is all."""
 
-STEP_FACTORS = (0.7, 0.85, 1.0, 1.15, 1.3, 1.5)
-"""Of the step, tried for each key: rotated keys are nearly normal, not quite."""
+STEP_FACTORS = (0.85, 1.0, 1.15)
+"""Of the step, tried for each key: rotated keys are nearly normal, not quite. Six factors from .7 to
+1.5 leave .05 % less error at 2 bits and 1.5 % less at 4; the step alone, 1.3 % and 17 % more."""
 
 FLOOR_SHARE = 0.1
 """Of the rows, what the floor phi = FLOOR_SHARE m / n would take alone: no weight is above 1 / phi."""
@@ -80,7 +81,7 @@ class Signatures:
 def encode(keys: torch.Tensor, R: torch.Tensor, bits: int) -> Signatures:
     """keys: float [n, d], n a multiple of BLOCK_TOKENS; R: of `rotation`; bits: 1, 2 or 4.
 
-    c_j = clip(floor(x_j / delta), -2^(bits - 1), 2^(bits - 1) - 1) + 1/2 for the best of six deltas,
+    c_j = clip(floor(x_j / delta), -2^(bits - 1), 2^(bits - 1) - 1) + 1/2 for the best of three deltas,
     and f = |x|^2 / <x, c>, so that f <R q, c> is q.(k - mu) on average over rotations: f c is x and an
     error at a right angle to x, which R turns anywhere. A key that is its block's mean has f = 0.
     """

@@ -22,7 +22,14 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_magicpig.signature_blocks import SUM_DIMENSIONS, EncodedBlocks, in_order, rotate
+from vllm_magicpig.signature_blocks import (
+    SUM_DIMENSIONS,
+    EncodedBlocks,
+    halves,
+    in_order,
+    rotate,
+    sum16,
+)
 from vllm_magicpig.signature_reference import BLOCK_TOKENS
 
 UNITS = 128 / math.log(2)
@@ -69,23 +76,8 @@ def tables(queries: torch.Tensor, signs: torch.Tensor) -> Tables:
 
 
 def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b.T with 16 partial sums: float32 [rows of a, rows of b].
-
-    Partial sum i adds up products of dimensions i, i + 16, i + 32 in order; then halves are added until
-    one is left: 0 to 7 and 8 to 15 first.
-    """
-    padding = (0, -a.shape[1] % 16)
-    a, b = (torch.nn.functional.pad(x, padding).reshape(len(x), -1, 16) for x in (a, b))
-    return _halves((a[:, None] * b).transpose(2, 3))
-
-
-def _halves(terms: torch.Tensor) -> torch.Tensor:
-    """float32 [..., partial sums, terms]."""
-    partial = in_order(terms)
-    while partial.shape[-1] > 1:
-        low, high = partial.chunk(2, -1)
-        partial = low + high
-    return partial[..., 0]
+    """a @ b.T with 16 partial sums (`sum16`): float32 [rows of a, rows of b]."""
+    return sum16(a[:, None] * b)
 
 
 def table_sums(table: Tables, encoded: EncodedBlocks, bits: int) -> torch.Tensor:
@@ -161,7 +153,7 @@ def sum_of_powers(units: torch.Tensor) -> torch.Tensor:
     padding = (0, -units.shape[1] % 32)
     padded = torch.nn.functional.pad(units, padding, value=LEAST_POWER).clamp(min=LEAST_POWER)
     powers = (padded + (127 << 7) << 16).int().view(torch.float32)
-    return _halves(powers.reshape(len(units), -1, 32).transpose(1, 2))
+    return halves(in_order(powers.reshape(len(units), -1, 32).transpose(1, 2)))
 
 
 def power(units: torch.Tensor) -> torch.Tensor:
