@@ -117,7 +117,7 @@ def text_prompt(tokenizer: Any, length: int, seed: int) -> list[int]:
 
 def warm_up_cases(cases: list[Case]) -> list[Case]:
     """The longest prompt alone and the most requests at once: Triton compiles anew for a batch of
-    one, chunks with context run other kernels than the first, and key centres freeze."""
+    one, and chunks with context run other kernels than the first."""
     shortest, longest = min(cases).length, max(cases).length
     return [Case(longest, 1), Case(shortest, max(case.num_requests for case in cases))]
 

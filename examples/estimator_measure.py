@@ -102,7 +102,7 @@ def contenders_of(options: MagicPigOptions, budgets: Sequence[float]) -> list[Co
 def centring_contenders(options: MagicPigOptions, budgets: Sequence[float]) -> list[Contender]:
     """The same hyperplanes with and without the key centre."""
     found = []
-    for center, words in (("first_prompt", "centred"), ("none", "not centred")):
+    for center, words in (("passage", "centred"), ("none", "not centred")):
         changed = replace(options, center=center)
         if options.K > 1:
             found.append(Contender(f"native, {words}", "magicpig", 0.0, changed))

@@ -214,11 +214,12 @@ class Transformers:
         stop_ids: Collection[int],
     ) -> None:
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from vllm_magicpig.accuracy.methods import MethodSettings
-        from vllm_magicpig.accuracy.transformers_attention import use_method
+        from vllm_magicpig.accuracy.transformers_attention import generate, use_method
         from vllm_magicpig.config import parse_options
+        from vllm_magicpig.passage import PASSAGE_TOKENS, make_passage
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device).eval()
@@ -228,6 +229,11 @@ class Transformers:
         )
         self._open = ExitStack()
         self._run = self._open.enter_context(use_method(self._model, settings))
+        # Before all prompts, as in the engine: it fixes magicpig's key centres.
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        vocab_size = self._model.config.get_text_config().vocab_size
+        passage = make_passage(tokenizer, vocab_size, tokenizer.all_special_ids, PASSAGE_TOKENS)
+        generate(self._model, passage.token_ids, 1, (), self._run)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         return [self._answer(request) for request in requests]

@@ -41,17 +41,13 @@ def run(
 ) -> int:
     """Answers every case that `records` lacks, `batch` at once; returns how many that were.
 
-    The backend is opened only if there are any. Its first prompt is always the first case's, which
-    fixes magicpig's key centres: a run that was ended goes on with the centres that it had.
+    The backend is opened only if there are any.
     """
     missing = [case for case in cases if (*case, labels.settings) not in records.records]
     if not missing:
         return 0
     backend = open_backend()
     try:
-        if missing[0] != cases[0]:
-            first = _request(form, make_sample(cases[0]))
-            backend.answer([Request(first.token_ids, first.question_start, 1)])
         with tqdm(
             total=len(cases), initial=len(cases) - len(missing), desc=labels.method, unit="answer"
         ) as progress:

@@ -129,7 +129,7 @@ def test_the_middle_is_chosen_as_the_name_says() -> None:
 def test_magicpig_is_the_references(setting: tuple[int, int], rows: float) -> None:
     """The sample exactly; the output as far as the table of log u allows."""
     num_bits, num_tables = setting
-    options = replace(OPTIONS, K=num_bits, L=num_tables, center="first_prompt", seed=5)
+    options = replace(OPTIONS, K=num_bits, L=num_tables, center="passage", seed=5)
     world = World(700, seed=num_bits)
     method = method_of("magicpig", rows, options)
     out, gathered = method.attend(world.q, world.k, world.v)
@@ -197,7 +197,7 @@ def test_pick_best_is_the_references_in_every_case() -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_codes_made_bit_by_bit_are_those_made_at_once(setting: tuple[int, int]) -> None:
-    options = replace(OPTIONS, K=setting[0], L=setting[1], center="first_prompt")
+    options = replace(OPTIONS, K=setting[0], L=setting[1], center="passage")
     keys = World(1200).k.float()
     at_once, bit_by_bit = (KeyCodes(options, 3) for _ in range(2))
     at_once.extend(keys[:, :600])  # fixes the same centre
@@ -217,7 +217,7 @@ def test_the_native_kernel_takes_the_same_rows(setting: tuple[int, int], rows: f
     equal codes give equal samples."""
     num_bits, num_tables = setting
     options = replace(
-        OPTIONS, K=num_bits, L=num_tables, rows=rows or None, center="first_prompt", seed=9
+        OPTIONS, K=num_bits, L=num_tables, rows=rows or None, center="passage", seed=9
     )
     num_tokens, isa = 1000, _C.resolve_isa("auto")
     world = World(num_tokens)

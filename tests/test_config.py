@@ -70,6 +70,7 @@ def test_a_middle_is_sampled_from_exact_below_on() -> None:
         ("threads", "all"),
         ("seed", -1),
         ("center", "second_prompt"),
+        ("center", "first_prompt"),
         ("center", 3),
         ("isa", "sse2"),
         ("host_kv_cache_gib", 0),

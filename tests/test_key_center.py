@@ -1,4 +1,4 @@
-"""When a key centre exists, and its calibration file."""
+"""Where a key centre comes from, and its calibration file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from vllm_magicpig.key_center import (
-    MIN_KEYS,
     KeyCenter,
     check_centers,
     load_centers,
@@ -16,15 +15,43 @@ from vllm_magicpig.key_center import (
 )
 
 
-def test_the_first_prompt_gives_the_mean_of_its_keys() -> None:
-    center = KeyCenter("first_prompt", layer_index=3, first_kv_head=0, num_kv_heads=2)
+def observed(*chunks: torch.Tensor) -> tuple[KeyCenter, bool]:
+    """chunks: [num_tokens, 2 kv heads, 16]."""
+    center = KeyCenter("passage", layer_index=3, first_kv_head=0, num_kv_heads=2)
     center.prepare(head_size=16)
     assert center.value is None
-    keys = torch.randn(2, MIN_KEYS, 16, dtype=torch.float64) + 7
-    center.freeze(keys)
+    for chunk in chunks:
+        center.observe(chunk)
+    return center, center.fix(head_size=16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_passage_gives_the_mean_of_its_keys(dtype: torch.dtype) -> None:
+    """Of large keys too, whose sum a float16 or bfloat16 cannot hold."""
+    keys = (torch.randn(512, 2, 16) + 900).to(dtype)
+    center, is_finite = observed(*keys.split(100))
+    assert is_finite
+    assert center.is_nonzero
     assert center.value is not None
     assert center.value.dtype == torch.float32
-    assert torch.allclose(center.value.double(), keys.mean(1), atol=1e-6)
+    assert torch.allclose(center.value.double(), keys.double().mean(0), rtol=2**-23, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_keys_that_are_not_finite_give_no_centre(bad: float) -> None:
+    keys = torch.randn(512, 2, 16)
+    keys[200, 1, 3] = bad
+    center, is_finite = observed(*keys.split(256))
+    assert not is_finite
+    assert not center.is_nonzero
+    assert torch.equal(center.value, torch.zeros(2, 16))  # type: ignore[arg-type]
+
+
+def test_without_any_keys_there_is_no_centre() -> None:
+    """As in a model that generates nothing."""
+    center, is_finite = observed()
+    assert not is_finite
+    assert torch.equal(center.value, torch.zeros(2, 16))  # type: ignore[arg-type]
 
 
 def test_none_is_zero_from_the_start() -> None:

@@ -24,15 +24,17 @@ OPTIONS = MagicPigOptions(K=6, L=40, exact_below=256)
 class Layer:
     """A layer's pages and index, and the keys and values that each request has stored."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32, source: str = "first_prompt") -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, is_fixed: bool = True) -> None:
         torch.manual_seed(0)
         width = content_bytes(HEAD_SIZE, dtype.itemsize, OPTIONS.code_words) // dtype.itemsize
-        kv_cache = torch.zeros(NUM_BLOCKS, KV_HEADS, BLOCK_SIZE, width, dtype=dtype)
+        # Rows that no request has stored are no numbers, as those of an overflow would be.
+        kv_cache = torch.full((NUM_BLOCKS, KV_HEADS, BLOCK_SIZE, width), torch.nan, dtype=dtype)
         self.dtype = dtype
         self.isa, self.pool = _C.resolve_isa("auto"), _C.ThreadPool([0, 0])
         self.pages = HostPages(kv_cache, HEAD_SIZE, OPTIONS.code_words)
-        self.center = KeyCenter(source, 3, 0, KV_HEADS)
-        self.center.prepare(HEAD_SIZE)
+        self.center = KeyCenter("passage", 3, 0, KV_HEADS)
+        if is_fixed:
+            self.fix_center()
         self.projection = Projection(OPTIONS, 3, HEAD_SIZE, self.isa, self.pool)
         self.builder = _C.SegmentBuilder([0])
         self.index = LshIndex(
@@ -43,6 +45,10 @@ class Layer:
         self.values: dict[str, torch.Tensor] = {}
         self.blocks: dict[str, list[int]] = {}
         self._free = list(range(NUM_BLOCKS - 1, 0, -1))
+
+    def fix_center(self) -> None:
+        self.center.observe(torch.randn(512, KV_HEADS, HEAD_SIZE) + 3.0)
+        assert self.center.fix(HEAD_SIZE)
 
     def append(self, request: str, num_tokens: int) -> Step:
         """Stores num_tokens random tokens of a request; a chunk, or a decode step when it is one."""
@@ -199,55 +205,9 @@ def test_an_index_goes_while_the_builder_works_for_it(layer: Layer) -> None:
     layer.builder.raise_error()
 
 
-def test_the_first_long_prompt_freezes_the_centre_and_rows_stored_before_get_their_codes(
-    layer: Layer,
-) -> None:
-    layer.append("short", 400)
-    assert layer.center.value is None
-    layer.append("long", 600)
-    frozen = layer.center.value
-    assert frozen is not None
-    assert torch.allclose(frozen, layer.keys["long"].mean(0), atol=1e-5)
-    layer.append("other", 2000)
-    assert layer.center.value is frozen
-    assert_decodes_as_the_reference(layer, "long")
-    assert_decodes_as_the_reference(layer, "short")
-
-
-def test_the_centre_counts_all_chunks_of_a_request(layer: Layer) -> None:
-    layer.append("a", 300)
-    layer.append("b", 300)
-    assert layer.center.value is None, "two short prompts are no long one"
-    layer.append("a", 300)
-    assert layer.center.value is not None
-    assert torch.allclose(layer.center.value, layer.keys["a"].mean(0), atol=1e-5)
-
-
-def test_a_long_generation_after_a_short_prompt_freezes_it_too(layer: Layer) -> None:
-    layer.append("a", 505)
-    for _ in range(10):
-        layer.append("a", 1)
-    assert layer.center.value is not None
-    assert layer.keys["a"].shape[0] == 515
-
-
-def test_dummy_and_profiling_rows_never_calibrate(layer: Layer) -> None:
-    """Their slots are -1, their lengths and blocks arbitrary."""
-    dummy = Step(
-        num_tokens=4,
-        slots=np.full(4, -1),
-        block_tables=np.zeros((2, NUM_BLOCKS), dtype=np.int32),
-        seq_lens=np.array([5000, 5000], dtype=np.int32),
-        chunks=(Chunk(0, 0, 3, 4997),),
-        decode_rows=np.array([1]),
-        decode_tokens=np.array([3]),
-    )
-    assert dummy.is_dummy
-    layer.index.add(torch.randn(4, KV_HEADS, HEAD_SIZE), dummy)
-    assert layer.center.value is None
-
-
-def test_before_the_centre_is_frozen_decode_is_exact(layer: Layer) -> None:
+def test_until_the_centre_is_fixed_keys_have_no_codes_and_decode_is_exact() -> None:
+    """As while the worker's passage runs, whose blocks are forgotten after it."""
+    layer = Layer(is_fixed=False)
     layer.append("a", 500)
     step = layer.append("a", 1)
     query = torch.randn(1, HEADS, HEAD_SIZE)
@@ -256,6 +216,11 @@ def test_before_the_centre_is_frozen_decode_is_exact(layer: Layer) -> None:
     expected, _ = reference.exact_attention(query[0], keys, values, 0.125)
     assert (out.double() - expected).abs().max() < 1e-5
     assert layer.kernel.stats().exact_heads == HEADS
+    assert layer.center.value is None
+    layer.fix_center()
+    layer.kernel.take_center(layer.center)
+    layer.append("b", 700)
+    assert_decodes_as_the_reference(layer, "b")
 
 
 def test_gathered_pieces_are_the_rows_in_order(layer: Layer) -> None:

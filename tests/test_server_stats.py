@@ -74,7 +74,7 @@ def publish(rank: int, sampled_rows: int) -> None:
         [layer],
         [PageUse(4096, 3 << 20, 1 << 20, 2, 3, 1)],
         dense_layers=2,
-        centers_frozen=1,
+        key_centers=1,
         threads=4,
         isa="avx2",
     )
@@ -110,7 +110,7 @@ def test_a_server_that_was_asked_nothing_yet(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stats = summarise(
-        [LayerStats()], [PageUse(0, 0)], dense_layers=1, centers_frozen=0, threads=1, isa="avx2"
+        [LayerStats()], [PageUse(0, 0)], dense_layers=1, key_centers=0, threads=1, isa="avx2"
     )
     StatsFile("abcde", 0, 0).write(stats.to_dict())
     server.text = metrics()

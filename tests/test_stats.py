@@ -23,7 +23,7 @@ def test_layers_are_added_up() -> None:
         [stats, stats],
         [PageUse(7, 70, 5, 2, 3, 1)] * 2,
         dense_layers=1,
-        centers_frozen=2,
+        key_centers=2,
         threads=4,
         isa="avx2",
         idle_index_bytes=3 << 20,
@@ -44,7 +44,7 @@ def test_nothing_served_yet() -> None:
         [LayerStats()],
         [PageUse(0, 0)],
         dense_layers=0,
-        centers_frozen=0,
+        key_centers=0,
         threads=1,
         isa="portable",
     )

@@ -137,12 +137,18 @@ class SampledLayer(Protocol):
     def forget(self) -> None:
         """All tokens stored and steps counted so far; no step and no builder is at work."""
 
+    def take_center(self) -> None:
+        """Hashes and samples from now on, by the centre that has just been fixed."""
+
     def stats(self) -> LayerStats: ...
 
 
 class MagicPigImpl(AttentionImpl[Any]):
     """Attention of one layer. In dense layers layer_selection.py replaces it by the platform's own
     impl; the worker gives the others their pages through `bind`."""
+
+    observes_keys = False
+    """Whether steps add their keys to the centre: those of the worker's passage do."""
 
     def __init__(
         self,
@@ -232,6 +238,9 @@ class MagicPigImpl(AttentionImpl[Any]):
             )
         if attn_metadata is None or self.sampled is None:
             return output.zero_()
+        if self.observes_keys:
+            assert self.center is not None
+            self.center.observe(key[: attn_metadata.num_tokens])
         self.sampled.forward(query, key, value, output, attn_metadata)
         return output
 
@@ -240,6 +249,25 @@ class MagicPigImpl(AttentionImpl[Any]):
         self._segments_reused = 0
         if self.sampled is not None:
             self.sampled.forget()
+
+    @property
+    def needs_center(self) -> bool:
+        """Whether keys must be observed before the layer can sample."""
+        return self.center is not None and self.center.value is None
+
+    @property
+    def is_centred(self) -> bool:
+        """Whether keys are hashed around a centre other than zero."""
+        return self.center is not None and self.center.is_nonzero
+
+    def fix_center(self) -> bool:
+        """Takes the mean of what was observed; False where that is not finite, and zeros are taken."""
+        assert self.center is not None
+        assert self.sampled is not None
+        self.observes_keys = False
+        is_finite = self.center.fix(self.head_size)
+        self.sampled.take_center()
+        return is_finite
 
     def stats(self) -> LayerStats:
         """Counters since the start; zeros before `bind`."""

@@ -18,7 +18,7 @@ SIGNATURE_WORD_BITS = 16
 COMPILE_KEY = "magicpig_compile_key"
 """Of additional_config, beside the user's "magicpig": what compile_key.py puts there."""
 
-CENTERS_WITHOUT_FILE = ("first_prompt", "none")
+CENTERS_WITHOUT_FILE = ("passage", "none")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class MagicPigOptions:
     indices that keep the platform's own backend, None =
     every 16th; sink_tokens, window_tokens: always attended; exact_below: a shorter middle is
     attended exactly (tokens); threads: of the decode kernel, None = the physical cores that this
-    process may use; seed: of the hyperplanes; center: "first_prompt", "none" or the path of a
+    process may use; seed: of the hyperplanes; center: "passage", "none" or the path of a
     calibration file; isa: instruction set of the kernels; host_kv_cache_gib: size of the pinned
     host pool (CUDA only); check_host_memory: refuse one that exceeds the free RAM.
     """
@@ -47,7 +47,7 @@ class MagicPigOptions:
     exact_below: int = 2048
     threads: int | None = None
     seed: int = 0
-    center: str = "first_prompt"
+    center: str = "passage"
     isa: str = "auto"
     host_kv_cache_gib: float | None = None
     check_host_memory: bool = True
@@ -242,7 +242,13 @@ def _dense_layers(value: Any) -> tuple[int, ...] | None:
 
 
 def _center(value: Any) -> str:
-    allowed = '"first_prompt", "none" or the path of a calibration file'
+    allowed = '"passage", "none" or the path of a calibration file'
+    if value == "first_prompt":
+        raise _wrong(
+            "center",
+            value,
+            f'{allowed}, since requests no longer fix it and "passage" takes its place',
+        )
     if not isinstance(value, str) or not value:
         raise _wrong("center", value, allowed)
     if value not in CENTERS_WITHOUT_FILE and not Path(value).is_file():

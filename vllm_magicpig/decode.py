@@ -7,13 +7,14 @@ import torch
 from vllm_magicpig import _C
 from vllm_magicpig.config import MagicPigOptions
 from vllm_magicpig.host_pages import HostPages
+from vllm_magicpig.key_center import KeyCenter
 from vllm_magicpig.lsh_index import LshIndex
 from vllm_magicpig.stats import LayerStats
 from vllm_magicpig.step import Step
 
 
 class DecodeKernel:
-    """The native layer, which attends exactly until the keys have their centre."""
+    """The native layer, which attends exactly until `take_center`."""
 
     def __init__(
         self,
@@ -26,7 +27,6 @@ class DecodeKernel:
     ) -> None:
         """index: None in exact mode."""
         self._pages = pages
-        self._center = None if index is None else index.center
         self._native = _C.DecodeLayer(
             pages.native,
             None if index is None else index.rule,
@@ -37,13 +37,16 @@ class DecodeKernel:
             isa=isa,
             pool=pool,
         )
+        if index is not None and index.center.value is not None:
+            self.take_center(index.center)
+
+    def take_center(self, center: KeyCenter) -> None:
+        """Once, when it is fixed."""
+        self._native.set_center(center.array)
 
     def attend(self, query: torch.Tensor, out: torch.Tensor, step: Step) -> None:
         """query: [num_tokens, num_q_heads, head_size] in the pages' dtype or float32; out: likewise,
         its rows step.decode_tokens are written."""
-        if self._center is not None and self._center.value is not None:
-            self._native.set_center(self._center.array)
-            self._center = None
         self._native.attend(query, step.decode_batch(self._pages), out)
 
     def forget_steps(self) -> None:

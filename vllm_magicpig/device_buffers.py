@@ -104,8 +104,6 @@ class DeviceBuffers:
         max_tokens: int,
     ) -> None:
         """max_reqs, max_tokens: of an engine step."""
-        # Steps of made-up tokens, through blocks of made-up requests, must freeze no key centre.
-        self.warming_up = False
         self._device, self._max_reqs, self._max_tokens = device, max_reqs, max_tokens
         self.decode = {s: DecodeBuffers(device, s, options, max_reqs) for s in shapes}
         self.prefill = {s: PrefillBuffers(device, s, options, max_tokens) for s in shapes}

@@ -3,7 +3,7 @@
 Decode: hash -> send -> (store, look up, attend) -> back, the middle part as a host callback in stream
 order. Prefill: rows and codes go to the pages on a side stream while the chunk attends itself; earlier
 pages come back on that stream, piece by piece, while the piece before them is attended. Python only
-launches; it waits once in a server's life, when the key centre is frozen.
+launches and never waits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vllm_magicpig.device_buffers import DeviceBuffers, LayerShape
 from vllm_magicpig.device_step import DeviceStep, Span
 from vllm_magicpig.flash import Ragged, flash_for
 from vllm_magicpig.host_pages import HostPages
-from vllm_magicpig.key_center import MIN_KEYS, KeyCenter
+from vllm_magicpig.key_center import KeyCenter
 from vllm_magicpig.lsh_index import make_index
 from vllm_magicpig.stats import LayerStats
 from vllm_magicpig.step import Chunk
@@ -70,7 +70,7 @@ class DeviceLayer:
             )
             self._planes = planes.to(device.torch_device)
             if self.index.center.value is not None:
-                self._take_center(self.index.center.value)
+                self.take_center()
 
     def forward(
         self,
@@ -106,8 +106,6 @@ class DeviceLayer:
             if step.num_decodes:
                 device.wait_for(self.buffers.decode_stream)
         device.settle()
-        if self.index is not None and self.index.center.value is None:
-            self._freeze_center(step)
 
     def warm_up(self) -> None:
         """Runs every variant of the Triton kernels once, so that none is compiled while serving: no
@@ -303,20 +301,13 @@ class DeviceLayer:
 
     # ------------------------------------------------------------------------------------ centre
 
-    def _freeze_center(self, step: DeviceStep) -> None:
-        """Once a request holds enough keys: waits for the device and reads its rows on the host."""
-        if self.buffers.warming_up or not bool((step.seq_lens >= MIN_KEYS).any()):
-            return
-        self.device.synchronize()
+    def take_center(self) -> None:
+        """Samples from now on: the centre has just been fixed. Steps that are in flight do not."""
         assert self.index is not None
-        stored = step.stored_rows(step.buffers.slots.numpy())
-        self.index.freeze(step.seq_lens, step.buffers.block_tables.numpy(), stored)
-        if self.index.center.value is not None:
-            self._take_center(self.index.center.value)
-
-    def _take_center(self, center: torch.Tensor) -> None:
-        self._native.set_center(center.numpy())
-        self._center = center.to(self.device.torch_device)
+        center = self.index.center
+        assert center.value is not None
+        self._native.set_center(center.array)
+        self._center = center.value.to(self.device.torch_device)
 
     def forget(self) -> None:
         self.pages.native.forget()

@@ -180,14 +180,11 @@ class DevicePagesWorker(MagicPigWorker):
         )
 
     def compile_or_warm_up_model(self) -> Any:
-        self._buffers.warming_up = True
         warmed = {self._shape(impl): impl.sampled for _, impl in self._sampled_layers()}
         for layer in warmed.values():
             assert isinstance(layer, DeviceLayer)
             layer.warm_up()
-        result = super().compile_or_warm_up_model()
-        self._buffers.warming_up = False
-        return result
+        return super().compile_or_warm_up_model()
 
     def _forget_warm_up(self) -> None:
         assert self._device is not None

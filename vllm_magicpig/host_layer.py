@@ -70,5 +70,10 @@ class HostLayer:
             self.index.forget()
         self._kernel.forget_steps()
 
+    def take_center(self) -> None:
+        """Samples from now on: the centre has just been fixed."""
+        assert self.index is not None
+        self._kernel.take_center(self.index.center)
+
     def stats(self) -> LayerStats:
         return self._kernel.stats()

@@ -67,13 +67,6 @@ class HostPages:
         for start in range(0, num_tokens, piece_tokens):
             yield self.gather(block_table, start, min(start + piece_tokens, num_tokens))
 
-    def keys_at(self, slots: npt.NDArray[np.int64]) -> torch.Tensor:
-        """Copies the keys in these slots: [num_slots, num_kv_heads, head_size]."""
-        index = torch.from_numpy(slots)
-        blocks = torch.div(index, self.block_size, rounding_mode="floor")
-        keys: torch.Tensor = self._rows[blocks, :, index % self.block_size, : self.head_size]
-        return keys
-
 
 def row_bits(rows: torch.Tensor) -> npt.NDArray[np.generic]:
     """A NumPy view of rows, 16-bit ones as uint16: NumPy has no bfloat16."""

@@ -1,9 +1,9 @@
-"""The key centre of a layer: when it is frozen, and its calibration file.
+"""The key centre of a layer: where it comes from, and its calibration file.
 
 Softmax does not change when all keys shift by a constant, so any centre is valid; a good one only
 lowers the variance of the sample. Key centres are stable across prompts (arXiv 2410.16179, section
-4.3), so each (layer, kv head) freezes one for the life of the server. That is what lets requests
-share codes and index segments.
+4.3), so each (layer, kv head) has one for the life of the server. That is what lets requests share
+codes and index segments. No request ever changes it: what one is answered does not depend on others.
 """
 
 from __future__ import annotations
@@ -18,33 +18,36 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-MIN_KEYS = 512
-"""Keys of one request needed for a centre: its standard error is then 4 % of the keys' spread."""
-
 
 class KeyCenter:
-    """value: float32 [num_kv_heads, head_size] once frozen, None before."""
+    """value: float32 [num_kv_heads, head_size] once fixed, None before."""
 
     def __init__(
         self, source: str, layer_index: int, first_kv_head: int, num_kv_heads: int
     ) -> None:
-        """source: "first_prompt", "none" or a calibration file; the heads are this rank's."""
+        """source: "passage", "none" or a calibration file; the heads are this rank's."""
         self._heads = (first_kv_head, num_kv_heads)
         self._layer_index = layer_index
         self._source = source
+        self._sum: torch.Tensor | None = None
+        self._count = 0
         self.value: torch.Tensor | None = None
 
     @cached_property
     def array(self) -> npt.NDArray[np.float32]:
-        """value as the kernels take it; once frozen."""
+        """value as the kernels take it; once fixed."""
         assert self.value is not None
         array: npt.NDArray[np.float32] = self.value.numpy()
         return array
 
+    @property
+    def is_nonzero(self) -> bool:
+        return self.value is not None and bool(self.value.any())
+
     def prepare(self, head_size: int) -> None:
-        """Fixes the centres that need no prompt: zeros for "none", those of a file."""
+        """Fixes the centres that need no keys: zeros for "none", those of a file."""
         first, count = self._heads
-        if self._source == "first_prompt":
+        if self._source == "passage":
             return
         if self._source == "none":
             self.value = torch.zeros(count, head_size, dtype=torch.float32)
@@ -63,11 +66,26 @@ class KeyCenter:
             )
         self.value = all_heads[first : first + count].float().contiguous()
 
-    def freeze(self, keys: torch.Tensor) -> None:
-        """keys: [num_kv_heads, num_tokens >= MIN_KEYS, head_size] of one real request."""
-        assert self.value is None, "a centre is frozen once"
-        assert keys.shape[1] >= MIN_KEYS
-        self.value = keys.double().mean(dim=1).float()
+    def observe(self, keys: torch.Tensor) -> None:
+        """Adds keys to the mean, without waiting for their device.
+
+        keys: [num_tokens, num_kv_heads, head_size], of the passage that the worker runs at start-up.
+        """
+        assert self.value is None, "a centre is fixed once"
+        total = keys.sum(dim=0, dtype=torch.float64)
+        self._sum = total if self._sum is None else self._sum + total
+        self._count += keys.shape[0]
+
+    def fix(self, head_size: int) -> bool:
+        """Takes the mean of all observed keys; zeros, and False, where there is no finite one."""
+        assert self.value is None, "a centre is fixed once"
+        mean = None if self._sum is None else (self._sum / self._count).float().cpu()
+        self._sum = None
+        is_finite = mean is not None and bool(mean.isfinite().all())
+        if mean is None or not is_finite:
+            mean = torch.zeros(self._heads[1], head_size)
+        self.value = mean.contiguous()
+        return is_finite
 
 
 def save_centers(

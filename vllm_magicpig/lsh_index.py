@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from vllm_magicpig import _C
 from vllm_magicpig.capacity import segment_levels
 from vllm_magicpig.config import MagicPigOptions
 from vllm_magicpig.host_pages import HostPages
-from vllm_magicpig.key_center import MIN_KEYS, KeyCenter
+from vllm_magicpig.key_center import KeyCenter
 from vllm_magicpig.projection import Projection
 from vllm_magicpig.step import Step
-
-_SLOTS_PER_BACKFILL = 4096
 
 
 class LshIndex:
@@ -49,12 +45,11 @@ class LshIndex:
 
         key: [num_tokens, num_kv_heads, head_size].
         """
-        if self.center.value is None:
-            self.freeze(step.seq_lens, step.block_tables, step.stored_rows(step.slots))
-        else:
-            codes = self.projection.hash_keys(key, self.center.value)
-            self.pages.store_codes(codes, step.slots, self._pool)
-        if self.center.value is None or self.native is None or self.builder is None:
+        if self.center.value is None:  # start-up: nothing that is stored stays
+            return
+        codes = self.projection.hash_keys(key, self.center.value)
+        self.pages.store_codes(codes, step.slots, self._pool)
+        if self.native is None or self.builder is None:
             return
         if self.native.changes != self._asked_at:
             self._ask(step, self.native, self.builder)
@@ -68,36 +63,6 @@ class LshIndex:
     @property
     def pages(self) -> _C.Pages:
         return self._pages.native
-
-    def freeze(
-        self,
-        seq_lens: npt.NDArray[np.int32],
-        block_tables: npt.NDArray[np.int32],
-        stored_rows: Iterable[int],
-    ) -> None:
-        """Takes the centre from the first of these requests that holds enough keys, if one does, and
-        gives codes to all that the pages hold.
-
-        stored_rows: rows of requests whose tokens, seq_lens of them, are all in the pages; padded and
-        dummy rows are not among them, since their lengths and blocks mean nothing.
-        """
-        for row in stored_rows:
-            if seq_lens[row] >= MIN_KEYS:
-                keys, _ = self._pages.gather(block_tables[row], 0, int(seq_lens[row]))
-                self.center.freeze(keys)
-                self._backfill()
-                return
-
-    def _backfill(self) -> None:
-        """Codes for whole blocks: slots that are still empty get theirs when they are written."""
-        assert self.center.value is not None
-        block_size = self._pages.block_size
-        blocks = self.pages.written_blocks().astype(np.int64)
-        slots = (blocks[:, None] * block_size + np.arange(block_size)).ravel()
-        for start in range(0, len(slots), _SLOTS_PER_BACKFILL):
-            some = slots[start : start + _SLOTS_PER_BACKFILL]
-            codes = self.projection.hash_keys(self._pages.keys_at(some), self.center.value)
-            self.pages.store_codes(codes, some, self._pool)
 
     def _ask(self, step: Step, native: _C.LshIndex, builder: _C.SegmentBuilder) -> None:
         """Only requests that are long enough to be sampled are worth an index."""

@@ -41,7 +41,7 @@ class Figure:
 FIGURES = (
     Figure("sampled_layers", GaugeMetricFamily, "Layers with magicpig."),
     Figure("dense_layers", GaugeMetricFamily, "Layers with the platform's own attention."),
-    Figure("centers_frozen", GaugeMetricFamily, "Layers whose key centre is fixed."),
+    Figure("key_centers", GaugeMetricFamily, "Layers that hash keys around a centre."),
     Figure("threads", GaugeMetricFamily, "Threads of the decode kernel."),
     Figure("page_tokens", GaugeMetricFamily, "Tokens in host pages."),
     Figure("page_bytes", GaugeMetricFamily, "Bytes of host pages in use, all layers."),

@@ -114,7 +114,7 @@ def _rank_lines(samples: Samples, place: tuple[str, str]) -> list[str]:
     refused = figure("builds_refused_total")
     return [
         f"  layers        {figure('sampled_layers'):.0f} with magicpig "
-        f"({figure('centers_frozen'):.0f} key centres fixed), {figure('dense_layers'):.0f} dense; "
+        f"({figure('key_centers'):.0f} key centres), {figure('dense_layers'):.0f} dense; "
         f"{figure('threads'):.0f} threads",
         f"  sampled       {100 * fraction:.2f} % of the middle",
         f"  rows          {rows / max(heads, 1):.0f} per query head and token, recent median "

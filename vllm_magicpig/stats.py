@@ -74,7 +74,7 @@ class MagicPigStats:
     dense_layers: int
     threads: int
     isa: str
-    centers_frozen: int
+    key_centers: int
     page_tokens: int
     page_bytes: int
     index_bytes: int
@@ -122,7 +122,7 @@ def summarise(
     pages: Sequence[PageUse],
     *,
     dense_layers: int,
-    centers_frozen: int,
+    key_centers: int,
     threads: int,
     isa: str,
     idle_index_bytes: int = 0,
@@ -145,7 +145,7 @@ def summarise(
         dense_layers=dense_layers,
         threads=threads,
         isa=isa,
-        centers_frozen=centers_frozen,
+        key_centers=key_centers,
         page_tokens=max((use.tokens for use in pages), default=0),
         page_bytes=sum(use.page_bytes for use in pages),
         index_bytes=sum(use.index_bytes for use in pages),

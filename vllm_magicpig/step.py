@@ -40,14 +40,6 @@ class Requests:
     decode_rows: npt.NDArray[np.int64]
     decode_tokens: npt.NDArray[np.int64]
 
-    def stored_rows(self, slots: npt.NDArray[np.int64]) -> list[int]:
-        """Rows of requests that stored all of their tokens of this step, ascending; slots: int64
-        [at least num_tokens], -1 = not stored. Padded and dummy rows are not among them."""
-        spans = [(chunk.request, chunk.start, chunk.stop) for chunk in self.chunks]
-        decodes = zip(self.decode_rows.tolist(), self.decode_tokens.tolist(), strict=True)
-        spans += [(row, token, token + 1) for row, token in decodes]
-        return [row for row, start, stop in sorted(spans) if bool((slots[start:stop] >= 0).all())]
-
 
 @dataclass(frozen=True)
 class Step(AttentionMetadata, Requests):

@@ -7,9 +7,11 @@ from typing import Any
 
 from vllm.config import set_current_vllm_config
 from vllm.logger import init_logger
+from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from vllm_magicpig import _C, capacity
 from vllm_magicpig.backend import MagicPigImpl
+from vllm_magicpig.center_measurement import measure_centers
 from vllm_magicpig.config import MagicPigOptions, parse_options
 from vllm_magicpig.key_center import save_centers
 from vllm_magicpig.layer_selection import select_layers
@@ -28,6 +30,7 @@ class MagicPigWorker:
 
     vllm_config: Any
     parallel_config: Any
+    _kv_cache_config: Any = None
     _pool: _C.ThreadPool
     _builder: _C.SegmentBuilder | None = None
     _stats_file: StatsFile | None = None
@@ -43,6 +46,7 @@ class MagicPigWorker:
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
+        self._kv_cache_config = kv_cache_config
         self._isa = _C.resolve_isa(self._options.isa)
         self._pool = self._make_pool()
         if self._options.has_buckets:
@@ -64,6 +68,8 @@ class MagicPigWorker:
 
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()  # type: ignore[misc]
+        impls = [impl for _, impl in self._sampled_layers()]
+        measure_centers(impls, self.vllm_config, self._kv_cache_config, self._run_step)
         self._forget_warm_up()
         return result
 
@@ -75,6 +81,14 @@ class MagicPigWorker:
         for _, impl in self._sampled_layers():
             impl.forget()
         self._publish()
+
+    def _run_step(self, step: Any) -> None:
+        """As vLLM's engine core runs one, and waits for it."""
+        output = self.execute_model(step)
+        if output is None:
+            output = self.sample_tokens(None)  # type: ignore[attr-defined]
+        if isinstance(output, AsyncModelRunnerOutput):
+            output.get_output()
 
     def execute_model(self, scheduler_output: Any) -> Any:
         self._count_reuse(scheduler_output)
@@ -105,9 +119,9 @@ class MagicPigWorker:
         return self._stats().to_dict()
 
     def magicpig_save_centers(self, path: str) -> int:
-        """Writes the frozen key centres as a calibration file; returns the number of layers.
+        """Writes the key centres as a calibration file; returns the number of layers.
 
-        Single-rank engines only. Raises ValueError when no prompt has frozen them yet.
+        Single-rank engines only. Raises ValueError in exact mode, which has none.
         """
         if self.parallel_config.world_size > 1:
             raise ValueError(
@@ -121,7 +135,8 @@ class MagicPigWorker:
         }
         if not centers:
             raise ValueError(
-                "no key centre is frozen yet, one needs a prompt of 512 tokens; send such a prompt."
+                "this engine has no key centres, since K is 0 or no layer is sampled; pass options "
+                "that sample."
             )
         save_centers(path, centers)
         return len(centers)
@@ -232,9 +247,7 @@ class MagicPigWorker:
             [impl.stats() for impl in impls],
             [impl.page_use() for impl in impls],
             dense_layers=self._num_dense_layers(),
-            centers_frozen=sum(
-                impl.center is not None and impl.center.value is not None for impl in impls
-            ),
+            key_centers=sum(impl.is_centred for impl in impls),
             threads=self._pool.num_threads,
             isa=self._isa.name,
             idle_index_bytes=_C.idle_segment_bytes(),

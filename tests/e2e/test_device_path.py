@@ -68,7 +68,7 @@ def test_sampling_gives_the_answers_of_the_cpu_platforms_path(tmp_path: Path) ->
             stats.append(stats_of(llm))
     host, device = stats
     assert host["sampled_heads"] == device["sampled_heads"] > 0
-    assert device["centers_frozen"] == 2
+    assert device["key_centers"] == 2
     assert device["segments_built"] >= 2
     fractions = [s["sampled_fraction"] for s in stats]
     assert 0 < fractions[0] < 0.5
@@ -123,6 +123,6 @@ def test_a_server_of_two_ranks_answers_from_two_pools(
     assert len(ranks) == 2
     for stats in ranks:
         assert stats["sampled_heads"] == 5 * 2, "each rank has two of the four query heads"
-        assert stats["centers_frozen"] == 1
+        assert stats["key_centers"] == 1
         assert stats["page_tokens"] >= 5000
         assert 0 < stats["sampled_fraction"] < 0.05

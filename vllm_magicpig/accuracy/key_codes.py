@@ -6,8 +6,10 @@ import torch
 
 from vllm_magicpig import reference
 from vllm_magicpig.config import SIGNATURE_WORD_BITS, MagicPigOptions
-from vllm_magicpig.key_center import MIN_KEYS, KeyCenter
+from vllm_magicpig.key_center import KeyCenter
 
+MIN_KEYS = 512
+"""Keys needed for a centre: its standard error is then 4 % of the keys' spread."""
 _TOKENS_AT_ONCE = 2048
 """Bounds the projections that are held: 12 MB a kv head at K = 10, L = 150."""
 
@@ -25,7 +27,11 @@ class KeyCodes:
 
     @property
     def center(self) -> torch.Tensor | None:
-        """float32 [num_kv_heads, head_size], None before a prompt of MIN_KEYS tokens fixed it."""
+        """float32 [num_kv_heads, head_size], None before a prompt of MIN_KEYS tokens.
+
+        With the option center = "passage" the mean key of the first such prompt stands for that of
+        the passage, which the caller may prefill first, as the engine does.
+        """
         return None if self._center is None else self._center.value
 
     @property
@@ -55,7 +61,8 @@ class KeyCodes:
         if self._center.value is None:
             if n < MIN_KEYS:
                 return
-            self._center.freeze(keys.cpu())
+            self._center.observe(keys.transpose(0, 1))
+            self._center.fix(head_size)
         assert self._center.value is not None
         self._reserve(n, keys)
         center = self._center.value.to(keys.device)[:, None]

@@ -264,9 +264,9 @@ class MagicPig(Method):
     """The engine's estimator: tokens whose codes match, each weighted by 1 / u (reference.py).
 
     Hyperplanes and, within a budget, the choice among ties are the engine's own, so that equal codes
-    give equal samples. The centre is the mean key of the first prompt, in the engine that of the first
-    chunk of it: pass a calibration file as `center` where both must agree. Exact with K = 0 and before
-    a prompt has fixed the centre.
+    give equal samples. The centre is the mean key of the first prompt, in the engine that of its
+    passage (vllm_magicpig/passage.py): prefill that first, or pass a calibration file as `center`,
+    where both must agree. Exact with K = 0 and before a prompt has fixed the centre.
     """
 
     def __init__(self, settings: MethodSettings, layer_index: int, scale: float) -> None:

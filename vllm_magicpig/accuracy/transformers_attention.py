@@ -66,7 +66,7 @@ class MethodRun:
         self.rows_read: list[RowsRead] = []
 
     def reset(self) -> None:
-        """Ready for another prompt. magicpig's centre stays that of the first, as in a server."""
+        """Ready for another prompt. magicpig's centre stays that of the first."""
         for method in self.methods.values():
             method.reset()
 
