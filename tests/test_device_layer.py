@@ -142,6 +142,7 @@ class Model:
             seq_lens=torch.from_numpy(lens).to(torch.int32).to(on_device),
             seq_lens_cpu_upper_bound=torch.from_numpy(lens),
             is_prefilling=torch.tensor(prefilling),
+            causal=True,
             slot_mapping=torch.from_numpy(np.concatenate(slots)).to(on_device),
             block_table_tensor=torch.from_numpy(table).to(on_device),
         )
