@@ -379,11 +379,13 @@ def test_bad_input_is_named(call: Callable[..., Any], change: dict[str, Any], te
 
 @pytest.mark.skipif(not MISSING_ISAS, reason="this CPU has every instruction set")
 def test_a_missing_isa_is_named() -> None:
+    ones = np.ones((2, 64), np.int8)
     calls: list[Callable[[_C.Isa], object]] = [
         lambda isa: sample(isa=isa),
         lambda isa: decode(isa=isa),
         lambda isa: _C.InclusionTable(3, 4).log_u(zeros(2), 1, 1.0, isa),
         lambda isa: _C.pack_codes(zeros(2, 8), 4, isa, pool()),
+        lambda isa: _C.encode_signatures(zeros(128, 64), "float32", ones, 2, isa, pool()),
     ]
     for name in MISSING_ISAS:
         for call in calls:
