@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from argument_types import fraction, positive, positives
 from bench_geometries import GROUP, HEAD_DIM, NUM_KV_HEADS, AttentionLayer, generate
 from bench_layer import (
     BUCKETS,
@@ -50,7 +51,6 @@ from bench_report import (
     Timing,
     available_bytes,
     cores,
-    int_list,
     interleave,
     parser,
     tokens_name,
@@ -161,18 +161,18 @@ class Measurement:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser(__doc__ or "")
-    options.add_argument("--lengths", type=int_list, default=[2048, 8192, 32768, 131072, 262144])
-    options.add_argument("--batches", type=int_list, default=[1, 4, 16])
-    options.add_argument("--threads", type=int_list, help="default: 1 to all cores")
-    options.add_argument("--repeats", type=int, default=15)
+    options.add_argument("--lengths", type=positives, default=[2048, 8192, 32768, 131072, 262144])
+    options.add_argument("--batches", type=positives, default=[1, 4, 16])
+    options.add_argument("--threads", type=positives, help="default: 1 to all cores")
+    options.add_argument("--repeats", type=positive, default=15)
     options.add_argument(
         "--cpu-time",
         action="store_true",
         help="one thread, timed by its CPU time: for a machine that others keep busy",
     )
-    options.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="of all requests")
+    options.add_argument("--max-tokens", type=positive, default=MAX_TOKENS, help="of all requests")
     options.add_argument(
-        "--rows", type=float, default=0.02, help="share that scans sample; default %(default)g"
+        "--rows", type=fraction, default=0.02, help="share that scans sample; default %(default)g"
     )
     given = options.parse_args(argv)
     cpus = cores()

@@ -31,10 +31,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_report import Report, cores, int_list, median, parser, tokens_name
+from argument_types import json_object, positive, positives
+from bench_report import Report, cores, median, parser, tokens_name
 from compare_flash_attention import process_group
 from compare_setup import SHAPES
 from serving import first_error
+
+from vllm_magicpig.config import parse_options
 
 ENGINE_SCRIPT = Path(__file__).with_name("bench_engine.py")
 BACKENDS = ("magicpig", "CPU_ATTN")
@@ -67,22 +70,26 @@ class Result:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser(__doc__ or "")
-    options.add_argument("--lengths", type=int_list, default=[8192, 32768])
-    options.add_argument("--batches", type=int_list, default=[1, 4])
-    options.add_argument("--layers", type=int, default=2)
-    options.add_argument("--hidden-size", type=int, default=256)
-    options.add_argument("--intermediate-size", type=int, default=512)
-    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--lengths", type=positives, default=[8192, 32768])
+    options.add_argument("--batches", type=positives, default=[1, 4])
+    options.add_argument("--layers", type=positive, default=2)
+    options.add_argument("--hidden-size", type=positive, default=256)
+    options.add_argument("--intermediate-size", type=positive, default=512)
+    options.add_argument("--repeats", type=positive, default=5)
     options.add_argument(
         "--tokens",
-        type=int_list,
+        type=positives,
         default=[8, 72],
         help="tokens to generate: not timed, and in all; 8,72 by default",
     )
-    options.add_argument("--options", type=json.loads, default={}, help="JSON, magicpig's own")
+    options.add_argument("--options", type=json_object, default={}, help="JSON, magicpig's own")
     given = options.parse_args(argv)
     if len(given.tokens) != 2 or given.tokens[0] >= given.tokens[1]:
         options.error("--tokens takes two ascending numbers, such as 8,72")
+    try:
+        parse_options({"magicpig": given.options})
+    except ValueError as error:
+        options.error(f"--options: {error}")
     if given.quick:
         given.lengths, given.batches, given.repeats = [4096], [1], 3
     cpus = cores()

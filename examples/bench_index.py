@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from argument_types import positive, positive_number, positives
 from bench_geometries import (
     GEOMETRIES,
     GROUP,
@@ -51,7 +52,6 @@ from bench_report import (
     Report,
     Timing,
     cores,
-    int_list,
     interleave,
     parser,
     tokens_name,
@@ -72,15 +72,21 @@ BIN_TOKENS = 512  # a point of the generation plot
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser(__doc__ or "")
     options.add_argument("--parts", type=_parts, default=list(PARTS), help=",".join(PARTS))
-    options.add_argument("--threads", type=int, help="default: all cores")
-    options.add_argument("--repeats", type=int, default=9)
-    options.add_argument("--build-tokens", type=int, default=65536)
-    options.add_argument("--decode-tokens", type=int, default=32768, help="of `background`")
-    options.add_argument("--decode-steps", type=int, default=800, help="of `background`, each side")
-    options.add_argument("--lengths", type=int_list, default=[8192, 32768, 131072])
-    options.add_argument("--error-steps", type=int, default=8, help="decode steps behind an error")
-    options.add_argument("--generate", type=int_list, default=[2048, 34816], help="from, to tokens")
-    options.add_argument("--budget-s", type=float, default=180.0, help="of `generation`")
+    options.add_argument("--threads", type=positive, help="default: all cores")
+    options.add_argument("--repeats", type=positive, default=9)
+    options.add_argument("--build-tokens", type=positive, default=65536)
+    options.add_argument("--decode-tokens", type=positive, default=32768, help="of `background`")
+    options.add_argument(
+        "--decode-steps", type=positive, default=800, help="of `background`, each side"
+    )
+    options.add_argument("--lengths", type=positives, default=[8192, 32768, 131072])
+    options.add_argument(
+        "--error-steps", type=positive, default=8, help="decode steps behind an error"
+    )
+    options.add_argument(
+        "--generate", type=positives, default=[2048, 34816], help="from, to tokens"
+    )
+    options.add_argument("--budget-s", type=positive_number, default=180.0, help="of `generation`")
     given = options.parse_args(argv)
     if len(given.generate) != 2 or given.generate[0] >= given.generate[1]:
         options.error("--generate takes two ascending numbers of tokens, such as 2048,34816")
@@ -89,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         given.decode_steps, given.repeats, given.lengths = PHASE_STEPS, 3, [4096]
         given.error_steps, given.generate = 2, [2048, 3072]
     cpus = cores()
+    if (given.threads or 1) > len(cpus):
+        options.error(f"--threads is {given.threads}, but there are {len(cpus)} cores.")
     cpus = cpus[: given.threads or len(cpus)]
     report = Report("bench_index", given.output, argv, [len(cpus)])
     use_cpus(cpus)

@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from argument_types import folder_for_results
 from compare_report import machine_facts, table
 
 from vllm_magicpig.cpus import one_per_core
@@ -40,15 +41,13 @@ def parser(description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--quick", action="store_true", help="small sizes, about a minute")
-    made.add_argument("--output", type=Path, default=RESULTS, help="folder; default %(default)s")
+    made.add_argument(
+        "--output",
+        type=folder_for_results,
+        default=str(RESULTS),
+        help="folder; default %(default)s",
+    )
     return made
-
-
-def int_list(text: str) -> list[int]:
-    values = [int(part) for part in text.split(",")]
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} has a number below 1.")
-    return values
 
 
 def cores() -> list[int]:

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from argument_types import json_object, positive, positive_list
+from argument_types import (
+    folder_for_results,
+    json_object,
+    positive,
+    positive_list,
+    positive_number,
+)
 from compare_setup import DEFAULT_KV_CACHE_GIB, SHAPES, TAKEN_ENGINE_ARGS, Settings
 
 from vllm_magicpig.config import parse_options
@@ -60,16 +66,19 @@ def _parser() -> _Parser:
         help='JSON, further EngineArgs of both, such as {"enforce_eager": true}',
     )
     engines.add_argument(
-        "--gpu-memory-gib", type=_positive_number, help="take each GPU for one with this memory"
+        "--gpu-memory-gib", type=positive_number, help="take each GPU for one with this memory"
     )
-    engines.add_argument("--host-gib", type=_positive_number, help="magicpig's pinned pool (CUDA)")
+    engines.add_argument("--host-gib", type=positive_number, help="magicpig's pinned pool (CUDA)")
     engines.add_argument(
         "--kv-cache-gib",
-        type=_positive_number,
+        type=positive_number,
         help=f"KV cache of each backend on a CPU; default {DEFAULT_KV_CACHE_GIB:g}",
     )
     parser.add_argument(
-        "--output", type=Path, default=Path(".logs") / "comparison", help="folder of the results"
+        "--output",
+        type=folder_for_results,
+        default=str(Path(".logs") / "comparison"),
+        help="folder of the results",
     )
     return parser
 
@@ -137,13 +146,3 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         host_gib=given.host_gib,
         output=given.output,
     )
-
-
-def _positive_number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1 << 20:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of GiB.")
-    return value

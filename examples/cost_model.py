@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -160,7 +161,7 @@ def parse_host(text: str, memory_gib: float) -> Host:
         gbs, count = float(bandwidth), int(threads)
     except ValueError:
         gbs, count = 0.0, 0
-    if not gbs > 0 or count < 1:
+    if not 0 < gbs < math.inf or count < 1:
         raise ValueError(
             f"host {text!r} is not of the form GB/s:threads with both above 0; write, for example, "
             "300:48."

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import recall_model
 import torch
+from argument_types import folder_for_results
 from passage import passage_questions
 from serving import Completion, VllmServer
 
@@ -63,7 +64,9 @@ def main() -> int:
     parser.add_argument(
         "--model", help="Hugging Face name or local folder; default: built-in model"
     )
-    parser.add_argument("--logs", type=Path, default=Path(".logs"), help="folder of server logs")
+    parser.add_argument(
+        "--logs", type=folder_for_results, default=".logs", help="folder of server logs"
+    )
     arguments = parser.parse_args()
     started = time.monotonic()
 

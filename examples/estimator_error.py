@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from argument_types import positive
 from bench_geometries import GEOMETRIES
 from bench_report import Report, parser
 from estimator_cases import (
@@ -64,9 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=ISSUE_GEOMETRIES,
         help=f"of {','.join(GEOMETRIES)}; '' for none; default {','.join(ISSUE_GEOMETRIES)}",
     )
-    options.add_argument("--tokens", type=int, default=16384)
-    options.add_argument("--seeds", type=int, default=2, help="of keys and hyperplanes")
-    options.add_argument("--steps", type=int, default=4, help="decode steps of each case")
+    options.add_argument("--tokens", type=positive, default=16384)
+    options.add_argument("--seeds", type=positive, default=2, help="of keys and hyperplanes")
+    options.add_argument("--steps", type=positive, default=4, help="decode steps of each case")
     options.add_argument("--rows", type=_fractions, default=[0.01, 0.02, 0.05], help="budgets")
     options.add_argument("--K", type=int, default=MagicPigOptions.K)
     options.add_argument("--L", type=int, help="default 150, with K = 1 256")
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--layers", type=_integers, help="of --model, each by itself; default all together"
     )
     options.add_argument("--trained-here", action="store_true", help="a few minutes more")
-    options.add_argument("--training-steps", type=int, default=700)
+    options.add_argument("--training-steps", type=positive, default=700)
     options.add_argument("--compare", type=_comparisons, default=[], help=",".join(COMPARISONS))
     given = options.parse_args(argv)
     if (given.model is None) != (given.text is None):

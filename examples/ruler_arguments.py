@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import recall_model
-from argument_types import json_object, positive, positive_list
+from argument_types import folder_for_results, json_object, positive, positive_list, whole
 from ruler_backends import PROTOCOLS
 from ruler_recall import RECALL_TASKS
 from ruler_score import SCORE_FROM
@@ -98,7 +98,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     what.add_argument(
         "--samples", type=positive, default=20, help="per task and length; default 20"
     )
-    what.add_argument("--seed", type=int, default=0)
+    what.add_argument("--seed", type=whole(0), default=0)
     what.add_argument("--qa-file", type=Path,
                       help="JSON list of {question, context, answers}, for the task qa")  # fmt: skip
     what.add_argument("--chat", action="store_true", help="use the tokenizer's chat template")
@@ -120,7 +120,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
                      help="; ".join(f"{name}: {text}" for name, text in PROTOCOLS.items()))  # fmt: skip
     parser.add_argument("--score-from", type=int, choices=SCORE_FROM,
                         help="first generated token that counts; default: see below")  # fmt: skip
-    parser.add_argument("--output", type=Path, default=Path(".logs") / "ruler",
+    parser.add_argument("--output", type=folder_for_results, default=str(Path(".logs") / "ruler"),
                         help="folder of records, table and plot; default %(default)s")  # fmt: skip
     return parser
 

@@ -36,8 +36,10 @@ import sanitized_extension
 
 sanitized_extension.load()
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
 import numpy as np  # noqa: E402
+from argument_types import positive, positive_number, whole  # noqa: E402
 from fake_driver import FakeDriver  # noqa: E402
 
 from vllm_magicpig import _C  # noqa: E402
@@ -762,10 +764,10 @@ def run(args: argparse.Namespace, current: mmap.mmap) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=20.0)
-    parser.add_argument("--cases", type=int, help="stop after as many, if that is earlier")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--case", type=int, help="this case alone, with its calls printed")
+    parser.add_argument("--seconds", type=positive_number, default=20.0)
+    parser.add_argument("--cases", type=positive, help="stop after as many, if that is earlier")
+    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--case", type=whole(0), help="this case alone, with its calls printed")
     args = parser.parse_args(argv)
     for what in CALLS.values():
         for argument in what.arguments:

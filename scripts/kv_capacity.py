@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,6 +34,9 @@ from vllm_magicpig.config import MagicPigOptions
 from vllm_magicpig.cost_model import MODELS, ModelShape
 from vllm_magicpig.device_backend import DevicePageBackend
 from vllm_magicpig.vllm_versions import kv_cache_planner
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+from argument_types import positive
 
 DTYPE = torch.bfloat16
 LAYOUTS = (KVCacheLayout.LBNHC, KVCacheLayout.LBHNC)
@@ -64,11 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="KV capacity by card and host memory, Markdown.")
     parser.add_argument("--model", default="llama-3.1-8b", help=", ".join(MODELS))
-    parser.add_argument("--tp", type=int, default=1, help="ranks, all on this machine")
-    parser.add_argument("--block-size", type=int, default=128, help="tokens")
-    parser.add_argument("--cards", type=int, nargs="+", default=[24, 40, 80], help="GiB each")
+    parser.add_argument("--tp", type=positive, default=1, help="ranks, all on this machine")
+    parser.add_argument("--block-size", type=positive, default=128, help="tokens")
+    parser.add_argument("--cards", type=positive, nargs="+", default=[24, 40, 80], help="GiB each")
     parser.add_argument(
-        "--host-memory", type=int, nargs="+", default=[64, 128, 256, 512], help="free RAM, GiB"
+        "--host-memory", type=positive, nargs="+", default=[64, 128, 256, 512], help="free RAM, GiB"
     )
     return parser.parse_args(arguments)
 

@@ -25,6 +25,9 @@ from pathlib import Path
 
 from sanitized_extension import VARIABLE
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+from argument_types import positive_number, whole
+
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "sanitize"
 BIN = Path(sys.executable).parent
@@ -210,8 +213,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--short", action="store_true", help="a few files of tests, 20 s of fuzz")
     parser.add_argument("--only", choices=("address", "thread"), help="one of the two builds")
-    parser.add_argument("--fuzz-seconds", type=float, help="by default 600, with --short 20")
-    parser.add_argument("--fuzz-seed", type=int, default=0)
+    parser.add_argument(
+        "--fuzz-seconds", type=positive_number, help="by default 600, with --short 20"
+    )
+    parser.add_argument("--fuzz-seed", type=whole(0), default=0)
     args = parser.parse_args()
     fuzz_seconds = args.fuzz_seconds or (20 if args.short else 600)
     start = time.monotonic()

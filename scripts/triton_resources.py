@@ -18,6 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import triton
@@ -26,6 +27,9 @@ from triton.backends.compiler import GPUTarget
 from vllm_magicpig import reference
 from vllm_magicpig.triton_kernels import host_pages, merge, simhash
 from vllm_magicpig.triton_kernels.launch import Launch
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+from argument_types import positive
 
 # Per program, CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 # sm_86, sm_89 and sm_120 have 99 KB and run the sm_80 kernels, so sm_80 is held to that.
@@ -130,12 +134,26 @@ def compile_for(arch: int, variant: str, launch: Launch) -> Resources:
     )
 
 
+DTYPES = ("bfloat16", "float16", "float32")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=sorted(MAX_SHARED_BYTES))
-    parser.add_argument("--head-size", type=int, nargs="+", default=[64, 128, 256])
-    parser.add_argument("--kv-heads", type=int, default=8, help="on one rank")
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float16", "float32"])
+    parser.add_argument(
+        "--arch",
+        type=int,
+        choices=sorted(MAX_SHARED_BYTES),
+        nargs="+",
+        default=sorted(MAX_SHARED_BYTES),
+    )
+    parser.add_argument("--head-size", type=positive, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--kv-heads", type=positive, default=8, help="on one rank")
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=DTYPES,
+        default=list(DTYPES),
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     arguments = parser.parse_args()
     everything_fits = True

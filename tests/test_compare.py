@@ -259,8 +259,8 @@ def test_plot_of_nothing_measured(tmp_path: Path) -> None:
         (["--options", "[1]"], "argument --options: '[1]' is not a JSON object."),
         (["--options", '{"Q": 1}'], "magicpig option 'Q' is unknown"),
         (["--engine-args", '{"model": "m"}'], "--engine-args has 'model', which the comparison"),
-        (["--gpu-memory-gib", "-1"], "'-1' is not a positive number of GiB."),
-        (["--gpu-memory-gib", "nan"], "'nan' is not a positive number of GiB."),
+        (["--gpu-memory-gib", "-1"], "'-1' is not a number above 0."),
+        (["--gpu-memory-gib", "nan"], "'nan' is not a number above 0."),
         (["--host-gib", "8", "--options", '{"host_kv_cache_gib": 8}'], "keep one of them."),
     ],
 )

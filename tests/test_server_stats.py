@@ -148,6 +148,17 @@ def test_a_server_without_magicpig_gets_one_sentence(
         ("http://127.0.0.1:1", "no server answers at http://127.0.0.1:1/metrics"),
         ("localhost:8000", "'localhost:8000' is no address of a server"),
         ("http://[", "'http://[' is no address of a server"),
+        ("http://.:80", "'http://.:80' is no address of a server"),
+        ("http://127.0.0.1:0", "'http://127.0.0.1:0' is no address of a server"),
+        ("http://127.0.0.1:99999", "'http://127.0.0.1:99999' is no address of a server"),
+        ("http://user:word@127.0.0.1:1", "'http://user:word@127.0.0.1:1' is no address of"),
+        ("http://127.0.0.1:1/?page=2", "'http://127.0.0.1:1/?page=2' is no address of a server"),
+        (f"http://{80 * 'a'}:1", f"'http://{80 * 'a'}:1' is no address of a server"),
+        (
+            "http://127.0.0.1:1/b\u00fccher",
+            "no server answers at http://127.0.0.1:1/b%C3%BCcher/metrics",
+        ),
+        ("http://[::1]:1/v1/", "no server answers at http://[::1]:1/metrics"),
     ],
 )
 def test_no_server_gets_one_sentence(
@@ -165,3 +176,14 @@ def test_another_server_gets_one_sentence(
     server.status = 403
     assert main(["stats", server.url]) == 1
     assert "answers with status 403" in capsys.readouterr().err
+
+
+def test_a_page_without_an_end_gets_one_sentence(
+    server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_magicpig.server_stats.MAX_BYTES", 1 << 20)
+    server.text = "# nothing\n" * (1 << 18)
+    assert main(["stats", server.url]) == 1
+    error = capsys.readouterr().err
+    assert "sends more than 1 MiB or for more than 30 s" in error
+    assert error.count("\n") == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 from vllm_magicpig import reference
+from vllm_magicpig.accuracy import tune_model
 from vllm_magicpig.accuracy.transformers_attention import CapturedLayer, capture
 from vllm_magicpig.accuracy.tune_measure import (
     LayerMeasure,
@@ -227,6 +229,35 @@ def test_it_writes_a_calibration_file_and_says_how_to_serve(
     assert json.loads(about["recommended_options"]) == report["recommended_options"]
 
 
+def test_what_was_measured_outlives_a_folder_that_is_gone(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Removed while it measures: the figures are printed, and the files are in the temporary folder."""
+    prompt, output = tmp_path / "a.txt", tmp_path / "results" / "c.safetensors"
+    write_prompt(prompt, TOKENS, 0)
+    output.parent.mkdir()
+    loading = tune_model.load
+
+    def load_and_remove(name: str, device: str) -> Any:
+        output.parent.rmdir()
+        return loading(name, device)
+
+    monkeypatch.setattr(tune_model, "load", load_and_remove)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert tune(model, [prompt], output, *SMALL) == 0
+    said = capsys.readouterr()
+    options = parse_options(json.loads(shlex.split(said.out.strip().splitlines()[-1])[-1]))
+    assert options.center_file is not None
+    assert sorted(load_centers(options.center_file)) == [0, 1, 2]
+    assert f"{output} cannot be written" in said.err
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda *_, **__: str(tmp_path / "nowhere"))
+    output.parent.mkdir()
+    assert tune(model, [prompt], output, *SMALL) == 1
+    said = capsys.readouterr()
+    assert re.search(r"^\* ", said.out, re.MULTILINE)  # the candidate that is recommended
+    assert "the figures are printed above" in said.err.splitlines()[-1]
+
+
 def test_little_memory_and_a_second_run_change_nothing(model: Path, tmp_path: Path) -> None:
     prompt = tmp_path / "a.txt"
     write_prompt(prompt, TOKENS, 0)
@@ -333,6 +364,26 @@ def wrong_input(model: Path, folder: Path) -> dict[str, tuple[list[Any], str]]:
         "cut": ([model, [long], output, "--max-tokens", "99"], "long.txt has 99 tokens, but 596"),
         "folder": ([model, [long], folder / "x" / "o"], "whose folder does not exist"),
         "json": ([model, [long], folder / "o.json"], "o.json, but the figures go there"),
+        "over a folder": ([model, [long], folder], "which is a folder; name a file in it"),
+        "read-only": ([model, [long], Path("/proc/o.safetensors")], "which cannot be written"),
+        "over a prompt": ([model, [long], folder / "long.txt"], "would write over the prompt"),
+        "infinite": ([model, [long], output, "--memory-gib", "inf"], "--memory-gib is inf, but"),
+        "not a number": (
+            [model, [long], output, "--memory-gib", "nan"],
+            "--memory-gib is nan, but",
+        ),
+        "no GPU": (
+            [model, [long], output, "--device", "cuda:77"],
+            "--device is cuda:77, but torch",
+        ),
+        "no device": (
+            [model, [long], output, "--device", "x"],
+            "--device is x, but torch .* cannot",
+        ),
+        "meta": ([model, [long], output, "--device", "meta"], "--device is meta, which computes"),
+        "dense": ([model, [long], output, "--dense-layers", "-1"], "--dense-layers is -1, but"),
+        "seed": ([model, [long], output, "--seed", "-1"], "candidate '10,150,2': .*seed.* is -1"),
+        "fractions": ([model, [long], output, "--max-sampled", "nan"], "--max-sampled is nan, but"),
         "queries": ([model, [long], output, "--queries", "0"], "--queries is 0, but must be 1 or"),
         "sampled": ([model, [long], output, "--max-sampled", "3"], "--max-sampled is 3.0, but"),
         "memory": ([model, [long], output, "--memory-gib", "0"], "--memory-gib is 0.0, but"),
@@ -350,6 +401,17 @@ WRONG = (
     "queries",
     "sampled",
     "memory",
+    "over a folder",
+    "read-only",
+    "over a prompt",
+    "infinite",
+    "not a number",
+    "no GPU",
+    "no device",
+    "meta",
+    "dense",
+    "seed",
+    "fractions",
 )
 
 

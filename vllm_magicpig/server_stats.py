@@ -5,16 +5,20 @@ from __future__ import annotations
 import argparse
 import http.client
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections import defaultdict
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_magicpig.metrics import PREFIX
 
-TIMEOUT_S = 10.0
+TIMEOUT_S, TOTAL_TIMEOUT_S = 10.0, 30.0
+"""Of each answer of the network, and of the whole page."""
+
+MAX_BYTES = 64 << 20
 
 Samples = dict[str, dict[tuple[str, str], float]]
 """Metric name -> (engine, rank) -> value; the rank is empty in vLLM's own metrics."""
@@ -38,20 +42,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def fetch(url: str) -> str:
     """The text of URL/metrics."""
-    try:
-        scheme, host = urlsplit(url)[:2]
-    except ValueError:
-        scheme = host = ""
-    if scheme not in ("http", "https") or not host:
-        raise ValueError(
-            f"{url!r} is no address of a server, which looks like http://127.0.0.1:8000; give that "
-            "of `vllm serve`."
-        )
-    address = url.rstrip("/").removesuffix("/metrics").removesuffix("/v1") + "/metrics"
+    address = metrics_address(url)
     try:
         with urllib.request.urlopen(address, timeout=TIMEOUT_S) as response:
-            text: str = response.read().decode(errors="replace")
-            return text
+            return _read(response, address).decode(errors="replace")
     except urllib.error.HTTPError as error:
         raise ValueError(
             f"{address} answers with status {error.code}, but a vLLM server shows its metrics there; "
@@ -62,6 +56,46 @@ def fetch(url: str) -> str:
         raise ValueError(
             f"no server answers at {address} ({reason}); start `vllm serve` or check the address."
         ) from error
+
+
+def metrics_address(url: str) -> str:
+    """Where the server of URL shows its metrics; raises ValueError where URL names no server."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port  # ports out of range raise ValueError
+        # As a connection will look it up; labels that are empty or too long raise UnicodeError.
+        name = host if ":" in host else host.encode("idna").decode()
+    except ValueError:
+        parts, name, port = urlsplit(""), "", None
+    if (
+        parts.scheme not in ("http", "https")
+        or not name.strip(".")
+        or port == 0
+        or parts.username is not None
+        or parts.query
+        or parts.fragment
+    ):
+        raise ValueError(
+            f"{url!r} is no address of a server, which looks like http://127.0.0.1:8000; give that "
+            "of `vllm serve`."
+        )
+    path = parts.path.rstrip("/").removesuffix("/metrics").removesuffix("/v1") + "/metrics"
+    place = (f"[{name}]" if ":" in name else name) + ("" if port is None else f":{port}")
+    return urlunsplit((parts.scheme, place, quote(path, safe="/%"), "", ""))
+
+
+def _read(response: http.client.HTTPResponse, address: str) -> bytes:
+    """All of it, unless it is no page of metrics: without an end, or dripping."""
+    deadline = time.monotonic() + TOTAL_TIMEOUT_S
+    content = bytearray()
+    while part := response.read1(1 << 16):
+        content += part
+        if len(content) > MAX_BYTES or time.monotonic() > deadline:
+            raise ValueError(
+                f"{address} sends more than {MAX_BYTES >> 20} MiB or for more than "
+                f"{TOTAL_TIMEOUT_S:.0f} s, but a page of metrics is small; check the address."
+            )
+    return bytes(content)
 
 
 def read_samples(text: str) -> Samples:

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_magicpig.config import MagicPigOptions, parse_options
+from vllm_magicpig.output_files import check_writable, replaced
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
     from vllm_magicpig.accuracy.tune_model import ModelShape
@@ -109,15 +112,8 @@ def run(arguments: argparse.Namespace) -> None:
     candidates = [parse_candidate(text, arguments.seed) for text in arguments.candidates]
     _check_numbers(arguments)
     texts = [_read(path) for path in arguments.prompts]
-    if not arguments.output.absolute().parent.is_dir():
-        raise ValueError(
-            f"--output is {arguments.output}, whose folder does not exist; make it or name another."
-        )
-    if arguments.output.suffix == ".json":
-        raise ValueError(
-            f"--output is {arguments.output}, but the figures go there; name the calibration file "
-            ".safetensors."
-        )
+    _check_output(arguments.output, arguments.prompts)
+    _check_device(arguments.device)
     from vllm_magicpig.accuracy import tune_measure, tune_model, tune_report
     from vllm_magicpig.accuracy.transformers_attention import CapturedLayer, capture
     from vllm_magicpig.key_center import save_centers
@@ -153,7 +149,11 @@ def run(arguments: argparse.Namespace) -> None:
         "num_layers": str(shape.num_layers),
         "recommended_options": json.dumps(recommended),
     }
-    save_centers(arguments.output, result.centers, about)
+    # Before anything is written: a full disk must not cost what was measured.
+    default_dense = tune_report.default_dense(shape.num_layers)
+    print(tune_report.summary(candidates, result.measures, choice, default_dense), flush=True)
+    calibration = _write(arguments.output, lambda path: save_centers(path, result.centers, about))
+    recommended["center"] = str(calibration.absolute())
     report = {
         "model": arguments.model,
         "prompts": [{"file": str(p.file), "tokens": len(p.ids)} for p in prompts],
@@ -163,16 +163,37 @@ def run(arguments: argparse.Namespace) -> None:
         "layers_worst_first": tune_report.worst_first(result.measures[choice.candidate]),
         "candidates": tune_report.figures(candidates, result.measures),
     }
-    figures = arguments.output.with_suffix(".json")
-    figures.write_text(json.dumps(report, indent=1) + "\n")
-    default_dense = tune_report.default_dense(shape.num_layers)
-    print(tune_report.summary(candidates, result.measures, choice, default_dense))
-    print(f"\nWrote {arguments.output} and {figures}. To serve with it:")
+    figures = _write(
+        arguments.output.with_suffix(".json"),
+        lambda path: path.write_text(json.dumps(report, indent=1) + "\n"),
+    )
+    print(f"\nWrote {calibration} and {figures}. To serve with it:")
     given = shlex.quote(json.dumps({"magicpig": recommended}))
     print(
         f"vllm serve {shlex.quote(arguments.model)} --attention-backend magicpig "
         f"--additional-config {given}"
     )
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> Path:
+    """Returns where it was written: `path`, or a file in the temporary folder where that has become
+    unwritable."""
+    try:
+        with replaced(path) as new:
+            write(new)
+        return path
+    except Exception as error:  # safetensors has exceptions of its own
+        reason = str(error)
+    rescued = Path(tempfile.mkdtemp(prefix="vllm-magicpig-tune-")) / path.name
+    try:
+        write(rescued)
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be written ({reason}), nor {rescued} ({error}); the figures are printed "
+            "above, make room and run the command again for the file."
+        ) from error
+    print(f"{path} cannot be written ({reason}); it is {rescued} instead.", file=sys.stderr)
+    return rescued
 
 
 def parse_candidate(text: str, seed: int) -> MagicPigOptions:
@@ -223,12 +244,40 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
             raise _wrong_number(name, value, f"{lowest} or more")
     if not 0 < arguments.max_sampled <= 1:
         raise _wrong_number("max_sampled", arguments.max_sampled, "above 0 and up to 1")
-    if not arguments.memory_gib > 0:
-        raise _wrong_number("memory_gib", arguments.memory_gib, "above 0")
+    if not 0 < arguments.memory_gib < math.inf:
+        raise _wrong_number("memory_gib", arguments.memory_gib, "a number of GiB above 0")
 
 
 def _wrong_number(name: str, value: float, allowed: str) -> ValueError:
     return ValueError(f"--{name.replace('_', '-')} is {value}, but must be {allowed}; correct it.")
+
+
+def _check_output(output: Path, prompts: Sequence[Path]) -> None:
+    """Before anything is measured."""
+    if output.suffix == ".json":
+        raise ValueError(
+            f"--output is {output}, but the figures go there; name the calibration file .safetensors."
+        )
+    for path in (output, output.with_suffix(".json") if output.name else output):
+        check_writable("--output", path)
+        if any(path.exists() and path.samefile(prompt) for prompt in prompts):
+            raise ValueError(f"--output would write over the prompt {path}; name another file.")
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        kind = torch.device(device)
+        torch.empty(1, device=kind)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ValueError(
+            f"--device is {device}, but torch {torch.__version__} cannot use it ({reason}); give cpu, "
+            "or cuda where torch has a CUDA build and a GPU."
+        ) from error
+    if kind.type == "meta":
+        raise ValueError("--device is meta, which computes nothing; give cpu or cuda.")
 
 
 def _read(path: Path) -> str:
