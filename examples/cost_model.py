@@ -161,6 +161,8 @@ def parse_host(text: str, memory_gib: float) -> Host:
         gbs, count = float(bandwidth), int(threads)
     except ValueError:
         gbs, count = 0.0, 0
+    if memory_gib == math.inf:
+        raise ValueError("--host-memory-gib is inf, but must be a number of GiB; correct it.")
     if not 0 < gbs < math.inf or count < 1:
         raise ValueError(
             f"host {text!r} is not of the form GB/s:threads with both above 0; write, for example, "
