@@ -69,8 +69,9 @@ class LoggedSteps:
                 return child.wait(timeout=self._heartbeat_s)
             except subprocess.TimeoutExpired:
                 elapsed = time.monotonic() - self._started
-                last = "".join(self._last_lines(1)).strip()
-                self._say(f"{elapsed:.0f} s so far: {last[:70]}")
+                # pip's warnings say nothing of how far it is.
+                told = [line for line in self._last_lines(SHOWN_LINES) if "WARNING" not in line]
+                self._say(f"{elapsed:.0f} s so far: {''.join(told[-1:]).strip()[:70]}")
 
     def _last_lines(self, count: int) -> deque[str]:
         with self._log.open(errors="replace") as log:

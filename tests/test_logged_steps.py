@@ -61,7 +61,12 @@ def test_a_long_step_says_what_it_does(
     steps: LoggedSteps, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     steps.begin("installing a thing")
-    program = "import time\nprint('Downloading a wheel', flush=True)\ntime.sleep(1)"
+    program = (
+        "import time\n"
+        "print('Downloading a wheel', flush=True)\n"
+        "print('WARNING: noise', flush=True)\n"
+        "time.sleep(1)"
+    )
     steps.run(PYTHON, "-c", program, cwd=tmp_path)
     assert re.search(r"\[setup 1/2\] \d+ s so far: Downloading a wheel\n", capfd.readouterr().out)
 
