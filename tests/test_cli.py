@@ -66,3 +66,14 @@ def test_tune_is_a_module_too(tmp_path: Path) -> None:
         "vllm-magicpig tune: prompt file none.txt cannot be read (No such file or directory); give "
         "text files.\n"
     )
+
+
+def test_an_interrupt_ends_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vllm_magicpig.server_stats.run", interrupt)
+    assert main(["stats", "http://127.0.0.1:1"]) == 130
+    assert capsys.readouterr().err == "\nvllm-magicpig stats: interrupted.\n"

@@ -21,7 +21,8 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 1 after one sentence on stderr about input that cannot be used."""
+    """Exit status: 0, 1 after one sentence on stderr about input that cannot be used, or 130 after an
+    interrupt."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="vllm-magicpig",
@@ -45,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"vllm-magicpig {parsed.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"\nvllm-magicpig {parsed.command}: interrupted.", file=sys.stderr)
+        return 130
     return 0
 
 
