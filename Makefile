@@ -18,7 +18,7 @@ help:
 	@echo "make gpu-wheel   the wheel that a gpu-check elsewhere carries along; GPU_WHEEL_PYTHON=python3.12"
 	@echo "make vllm-contract   our use of vLLM against the sources of every supported release (fetches 330 MB each)"
 	@echo "make sanitize    the native tests and 10 minutes of fuzz under GCC's sanitizers"
-	@echo "make warnings    all C++ for each level of x86-64 with warnings as errors, 3 minutes on two cores"
+	@echo "make warnings    all C++ for each level of x86-64 with warnings as errors, 2 minutes on two cores"
 	@echo "make lint        ruff, mypy and clang-format"
 	@echo "make setup       .venv with vLLM, this package and its tools"
 
@@ -29,9 +29,10 @@ setup:
 demo: setup
 	$(if $(MODEL),HF_HUB_OFFLINE=0) $(VENV)/python examples/demo.py $(if $(MODEL),--model "$(MODEL)")
 
-# Files of tests side by side, each on a core of its own (tests/conftest.py).
+# Files of tests side by side, each on a core of its own (tests/conftest.py), in their own order: those that
+# start engines come first, as they take longest.
 PYTEST_WORKERS ?= 2
-PARALLEL = -n $(PYTEST_WORKERS) --dist loadfile
+PARALLEL = -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 # The console script, not `python -m pytest`: that would put the repository root on sys.path, and
 # vLLM would take the folder triton_kernels/ for OpenAI's package of that name.

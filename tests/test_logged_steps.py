@@ -72,6 +72,15 @@ def test_a_long_step_says_what_it_does(
 
 
 def test_an_interrupt_ends_the_command(steps: LoggedSteps, tmp_path: Path) -> None:
+    # A shell's background job ignores it, and so would this process.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        interrupt_a_command(steps, tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def interrupt_a_command(steps: LoggedSteps, tmp_path: Path) -> None:
     steps.begin("installing a thing")
     pid_file = tmp_path / "pid"
     program = (

@@ -250,7 +250,16 @@ def test_what_was_measured_outlives_a_folder_that_is_gone(
     assert options.center_file is not None
     assert sorted(load_centers(options.center_file)) == [0, 1, 2]
     assert f"{output} cannot be written" in said.err
-    monkeypatch.setattr(tempfile, "mkdtemp", lambda *_, **__: str(tmp_path / "nowhere"))
+    making = tempfile.mkdtemp
+
+    def no_room(
+        suffix: str | None = None, prefix: str | None = None, dir: str | None = None
+    ) -> str:
+        if prefix == "vllm-magicpig-tune-":
+            return str(tmp_path / "nowhere")
+        return making(suffix, prefix, dir)  # what measuring needs for itself
+
+    monkeypatch.setattr(tempfile, "mkdtemp", no_room)
     output.parent.mkdir()
     assert tune(model, [prompt], output, *SMALL) == 1
     said = capsys.readouterr()
