@@ -161,7 +161,8 @@ def test_a_centre_is_the_mean_key_of_the_passage(
         0,
     ]
     assert len(logged.infos) == 1
-    assert "key centres of 2 layers measured over 1024 tokens of text in " in logged.infos[0]
+    told = f"key centres of 2 layers measured over {PASSAGE_TOKENS} tokens of text in "
+    assert told in logged.infos[0]
     assert logged.warnings == []
 
 
@@ -171,13 +172,14 @@ def test_groups_share_the_pool_and_its_null_block_is_left_alone(
     runner = Runner()
     measure(runner, monkeypatch, WordTokenizer(400), block_sizes=(32, 128), max_tokens=300)
     blocks = runner.steps[0].scheduled_new_reqs[0].block_ids
-    assert blocks == (list(range(1, 33)), list(range(33, 41)))
+    many, few = PASSAGE_TOKENS // 32, PASSAGE_TOKENS // 128
+    assert blocks == (list(range(1, 1 + many)), list(range(1 + many, 1 + many + few)))
     assert runner.steps[1].scheduled_cached_reqs.new_block_ids == [None]
 
 
 @pytest.mark.parametrize(
     ("limit", "num_tokens"),
-    [({"max_model_len": 200}, 199), ({"num_blocks": 7}, 6 * 32), ({"num_blocks": 33}, 1024)],
+    [({"max_model_len": 200}, 199), ({"num_blocks": 7}, 6 * 32), ({"num_blocks": 33}, 32 * 32)],
 )
 def test_the_passage_is_as_long_as_fits(
     limit: dict[str, int], num_tokens: int, monkeypatch: pytest.MonkeyPatch
@@ -217,7 +219,7 @@ def test_a_layer_whose_keys_are_not_finite_goes_without_and_is_named(
     assert [impl.is_centred for impl in runner.impls] == [True, False, True]
     assert runner.centers_taken == 3, "all layers sample"
     (warning,) = logged.warnings
-    assert "the keys of layers 1 are not finite over 1024 tokens of text" in warning
+    assert f"the keys of layers 1 are not finite over {PASSAGE_TOKENS} tokens of text" in warning
     assert "`vllm-magicpig tune`" in warning
 
 
