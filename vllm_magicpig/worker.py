@@ -84,9 +84,10 @@ class MagicPigWorker:
 
     def _run_step(self, step: Any) -> None:
         """As vLLM's engine core runs one, and waits for it."""
-        output = self.execute_model(step)
+        worker: Any = self  # by the names that the engine core knows, which are vLLM's
+        output = worker.execute_model(step)
         if output is None:
-            output = self.sample_tokens(None)  # type: ignore[attr-defined]
+            output = worker.sample_tokens(None)
         if isinstance(output, AsyncModelRunnerOutput):
             output.get_output()
 

@@ -97,13 +97,15 @@ def test_overrides_are_not_taken_for_ours() -> None:
 
 @cache
 def called_by_us() -> frozenset[str]:
-    """Names that the package asks objects for, other than of super() and of what it stands before."""
+    """Names that the package asks objects for, other than of super(), of what it stands before, and of
+    a `worker` as the engine core knows it."""
     names = set()
     for source in sources(("vllm_magicpig",)):
         for node in ast.walk(source.tree):
             if isinstance(node, ast.Attribute):
                 owner = ast.unparse(node.value)
-                if not owner.startswith("super()") and not owner.endswith((".impl", "._output")):
+                vllms = owner.startswith("super()") or owner == "worker"
+                if not vllms and not owner.endswith((".impl", "._output")):
                     names.add(node.attr)
     return frozenset(names)
 
