@@ -98,7 +98,7 @@ def measure(
     *,
     max_model_len: int = 4096,
     max_tokens: int = 2048,
-    num_blocks: int = 100,
+    num_blocks: int = 200,
     block_sizes: tuple[int, ...] = (32,),
     runner_type: str = "generate",
 ) -> None:
