@@ -35,8 +35,8 @@ namespace {
 
 // ------------------------------------------------------------------------------------- settings
 
+constexpr int kMinBits = 2;
 constexpr int kMaxBits = 15;  // codes are uint16, and one more value means "no bucket"
-constexpr int kMaxSignatureTables = 256;
 
 Isa resolve_isa(const std::string& name) {
   if (name == "auto") return best_isa();
@@ -62,7 +62,7 @@ std::shared_ptr<ThreadPool> make_openmp_pool(int64_t num_threads) {
 }
 
 PageLayout layout_of(const std::string& row_dtype, int64_t block_size, int64_t head_size,
-                     int64_t code_words) {
+                     int64_t num_tables) {
   PageLayout layout;
   layout.row_type = row_type_named(row_dtype);
   if (block_size < kTileTokens || block_size > kMaxSegmentTokens || block_size % kTileTokens != 0)
@@ -72,15 +72,15 @@ PageLayout layout_of(const std::string& row_dtype, int64_t block_size, int64_t h
   check_head_size(head_size);
   layout.block_size = static_cast<int>(block_size);
   layout.head_size = static_cast<int>(head_size);
-  layout.code_words = in_range("code_words", code_words, 0, kMaxTables);
+  layout.num_tables = in_range("num_tables", num_tables, 0, kMaxTables);
   return layout;
 }
 
 // ---------------------------------------------------------------------------------------- pages
 
 std::shared_ptr<BoundPages> make_pages(py::array memory, const std::string& row_dtype,
-                                       int64_t block_size, int64_t head_size, int64_t code_words) {
-  const PageLayout layout = layout_of(row_dtype, block_size, head_size, code_words);
+                                       int64_t block_size, int64_t head_size, int64_t num_tables) {
+  const PageLayout layout = layout_of(row_dtype, block_size, head_size, num_tables);
   uint8_t* bytes =
       output<uint8_t>("memory", memory, {{"num_blocks"}, {"num_kv_heads"}, {"chunk_bytes"}});
   const int64_t chunk_bytes = memory.shape(2);
@@ -123,9 +123,8 @@ py::array_t<int32_t> written_blocks(const BoundPages& self) {
 }
 
 void check_has_codes(const Pages& pages) {
-  if (pages.layout().code_words == 0)
-    refuse(
-        "These pages have code_words = 0, but this call needs codes; make them with code words.");
+  if (pages.layout().num_tables == 0)
+    refuse("These pages have num_tables = 0, but this call needs codes; make them with tables.");
 }
 
 void store_codes(BoundPages& self, const py::array& codes, const py::array& slots,
@@ -136,7 +135,7 @@ void store_codes(BoundPages& self, const py::array& codes, const py::array& slot
   const uint16_t* code = input<uint16_t>("codes", codes,
                                          {{"num_tokens", num_tokens},
                                           {"num_kv_heads", self.pages.num_kv_heads()},
-                                          {"words", self.pages.layout().code_words}});
+                                          {"L", self.pages.layout().num_tables}});
   check_apart({"memory", self.memory}, {{"codes", codes}, {"slots", slots}});
   py::gil_scoped_release release;
   self.pages.store_codes(code, slot, static_cast<size_t>(num_tokens), pool);
@@ -146,7 +145,7 @@ py::array_t<uint16_t> load_codes(const BoundPages& self, const py::array& slots)
   check_has_codes(self.pages);
   const int64_t* slot = slots_of(slots, self.pages, -1, 0);
   py::array_t<uint16_t> codes(std::vector<py::ssize_t>{slots.shape(0), self.pages.num_kv_heads(),
-                                                       self.pages.layout().code_words});
+                                                       self.pages.layout().num_tables});
   uint16_t* code = codes.mutable_data();
   const size_t num_tokens = static_cast<size_t>(slots.shape(0));
   py::gil_scoped_release release;
@@ -163,7 +162,7 @@ uint64_t epoch(const BoundPages& self, int64_t block) {
 py::array_t<uint16_t> pack_codes_array(const py::array& projections, int64_t num_bits, Isa isa,
                                        ThreadPool& pool) {
   check_isa(isa);
-  const int bits = in_range("num_bits", num_bits, 1, InclusionTable::kBitsPerWord);
+  const int bits = in_range("num_bits", num_bits, 1, kMaxBits);
   const float* x = input<float>("projections", projections, {{"n"}, {"L * K"}});
   if (projections.shape(1) % bits != 0)
     refuse("projections has ", projections.shape(1), " columns, but K = ", bits,
@@ -177,24 +176,16 @@ py::array_t<uint16_t> pack_codes_array(const py::array& projections, int64_t num
   return codes;
 }
 
-int check_tables(int bits, int64_t num_tables) {
-  const int tables =
-      in_range("num_tables", num_tables, 1, bits == 1 ? kMaxSignatureTables : kMaxTables);
-  if (bits == 1 && tables % InclusionTable::kBitsPerWord != 0)
-    refuse("num_tables is ", num_tables,
-           ", but with K = 1 must be a multiple of 16, the tables of a code word; pass one.");
-  return tables;
-}
-
 std::unique_ptr<SimHash> make_hash(const py::array& signs, int64_t head_size, int64_t num_bits,
                                    int64_t num_tables) {
-  const int bits = in_range("num_bits", num_bits, 1, kMaxBits);
-  const int tables = check_tables(bits, num_tables);
+  const int bits = in_range("num_bits", num_bits, kMinBits, kMaxBits);
+  const int tables = in_range("num_tables", num_tables, 1, kMaxTables);
   check_shape("signs", signs, {{"3 + blocks"}, {"size"}});
   const int64_t size = signs.shape(1);
-  if (size < InclusionTable::kBitsPerWord || size > SimHash::kMaxSize || (size & (size - 1)) != 0)
-    refuse("signs are for a transform of ", size, " elements, but must be for 16 to ",
-           SimHash::kMaxSize, " and a power of two; pass those of reference.hadamard_signs.");
+  if (size < 1 || size > SimHash::kMaxSize || (size & (size - 1)) != 0)
+    refuse("signs are for a transform of ", size,
+           " elements, but must be for a power of two up to ", SimHash::kMaxSize,
+           "; pass those of reference.hadamard_signs.");
   const int head = in_range("head_size", head_size, 1, size);
   const int blocks = SimHash::num_blocks(bits, tables, static_cast<int>(size));
   const int8_t* sign = input<int8_t>("signs", signs, {{"3 + blocks", 3 + blocks}, {"size", size}});
@@ -217,7 +208,7 @@ py::array_t<uint16_t> hash_codes(const SimHash& self, const py::array& vectors,
                                         {{"num_heads", num_heads}, {"head_size", self.head_size()}})
                          : nullptr;
   py::array_t<uint16_t> codes(
-      std::vector<py::ssize_t>{vectors.shape(0), num_heads, self.code_words()});
+      std::vector<py::ssize_t>{vectors.shape(0), num_heads, self.num_tables()});
   uint16_t* out = codes.mutable_data();
   const size_t num_vectors = static_cast<size_t>(vectors.shape(0) * num_heads);
   py::gil_scoped_release release;
@@ -227,15 +218,14 @@ py::array_t<uint16_t> hash_codes(const SimHash& self, const py::array& vectors,
 }
 
 std::unique_ptr<InclusionTable> make_table(int64_t num_bits, int64_t num_tables) {
-  const int bits = in_range("num_bits", num_bits, 1, kMaxBits);
-  const int tables = check_tables(bits, num_tables);
+  const int bits = in_range("num_bits", num_bits, kMinBits, kMaxBits);
+  const int tables = in_range("num_tables", num_tables, 1, kMaxTables);
   py::gil_scoped_release release;
   return std::make_unique<InclusionTable>(bits, tables);
 }
 
 int check_matches(const InclusionTable& table, int64_t min_matches) {
-  return in_range("min_matches", min_matches, 1 + score_bias(table.num_tables()),
-                  table.num_tables());
+  return in_range("min_matches", min_matches, 1, table.num_tables());
 }
 
 py::array_t<float> log_u_array(const InclusionTable& table, const py::array& cosine,
@@ -275,7 +265,7 @@ std::unique_ptr<BoundRule> make_rule(std::shared_ptr<InclusionTable> table, int6
 std::unique_ptr<BoundIndex> make_index(std::shared_ptr<BoundPages> pages, int64_t num_bits,
                                        const std::vector<int64_t>& levels, int64_t max_bytes) {
   check_has_codes(pages->pages);
-  const int bits = in_range("num_bits", num_bits, 1, kMaxBits);
+  const int bits = in_range("num_bits", num_bits, kMinBits, kMaxBits);
   if (levels.empty()) refuse("levels is empty, but an index needs a segment size; name one.");
   int64_t unit = pages->pages.layout().block_size;
   const char* unit_name = "the block size ";
@@ -371,14 +361,14 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<BoundPages, std::shared_ptr<BoundPages>>(m, "Pages")
       .def(py::init(&make_pages), array_arg("memory"), arg("row_dtype"), arg("block_size"),
-           arg("head_size"), arg("code_words"))
+           arg("head_size"), arg("num_tables"))
       .def_static(
           "chunk_bytes",
           [](const std::string& row_dtype, int64_t block_size, int64_t head_size,
-             int64_t code_words) {
-            return layout_of(row_dtype, block_size, head_size, code_words).chunk_bytes();
+             int64_t num_tables) {
+            return layout_of(row_dtype, block_size, head_size, num_tables).chunk_bytes();
           },
-          arg("row_dtype"), arg("block_size"), arg("head_size"), arg("code_words"))
+          arg("row_dtype"), arg("block_size"), arg("head_size"), arg("num_tables"))
       .def("store_rows", &store_rows, array_arg("key"), array_arg("value"), array_arg("slots"),
            arg("pool"))
       .def("store_codes", &store_codes, array_arg("codes"), array_arg("slots"), arg("pool"))

@@ -241,14 +241,10 @@ struct BoundRule {
 /// That the rule's codes are those of these pages and of the index.
 inline void check_rule(const SampleRule& rule, const Pages& pages, const LshIndex* index) {
   const InclusionTable& table = *rule.table;
-  if (table.code_words() != pages.layout().code_words)
-    refuse("rule is for (K, L) = (", table.num_bits(), ", ", table.num_tables(), "), which take ",
-           table.code_words(), " code words a token, but the pages hold ",
-           pages.layout().code_words, "; make both for the same K and L.");
-  if (index == nullptr) return;
-  if (table.num_bits() == 1)
-    refuse("index is given with K = 1, whose tables have no buckets; pass None.");
-  if (table.num_bits() != index->num_bits())
+  if (table.num_tables() != pages.layout().num_tables)
+    refuse("rule is for L = ", table.num_tables(), ", but the pages hold codes of ",
+           pages.layout().num_tables, " tables; make both for the same L.");
+  if (index != nullptr && table.num_bits() != index->num_bits())
     refuse("rule is for K = ", table.num_bits(), ", but the index for K = ", index->num_bits(),
            "; make both for the same K.");
 }

@@ -15,19 +15,19 @@ const uint16_t* query_codes_of(const SampleRule& rule, const py::array& query_co
                                int64_t num_reqs, int64_t num_q_heads) {
   const uint16_t* codes = input<uint16_t>(
       "query_codes", query_codes,
-      {{"num_reqs", num_reqs}, {"num_q_heads", num_q_heads}, {"words", rule.table->code_words()}});
-  check_query_codes(codes, static_cast<size_t>(query_codes.size()), rule.table->word_bits());
+      {{"num_reqs", num_reqs}, {"num_q_heads", num_q_heads}, {"L", rule.table->num_tables()}});
+  check_query_codes(codes, static_cast<size_t>(query_codes.size()), rule.table->num_bits());
   return codes;
 }
 
 /// That the hash makes the codes of these pages and of the rule.
 void check_hash(const SimHash& hash, const SampleRule& rule, const Pages& pages) {
   const InclusionTable& table = *rule.table;
-  if (hash.head_size() != pages.layout().head_size || hash.code_words() != table.code_words() ||
-      hash.word_bits() != table.word_bits())
-    refuse("hasher is for vectors of ", hash.head_size(), " elements and ", hash.code_words(),
-           " words of ", hash.word_bits(), " bits, but ", pages.layout().head_size, " elements, ",
-           table.code_words(), " words and ", table.word_bits(),
+  if (hash.head_size() != pages.layout().head_size || hash.num_tables() != table.num_tables() ||
+      hash.num_bits() != table.num_bits())
+    refuse("hasher is for vectors of ", hash.head_size(), " elements and ", hash.num_tables(),
+           " tables of ", hash.num_bits(), " bits, but ", pages.layout().head_size, " elements, ",
+           table.num_tables(), " tables and ", table.num_bits(),
            " bits are needed; pass the hash of these keys.");
 }
 
@@ -40,7 +40,7 @@ std::vector<std::vector<py::tuple>> sample_arrays(const BoundPages& pages, const
                                                   ThreadPool& pool) {
   check_isa(isa);
   const Requests requests = requests_of(pages.pages, block_tables, seq_lens);
-  check_shape("query_codes", query_codes, {{"num_reqs"}, {"num_q_heads"}, {"words"}});
+  check_shape("query_codes", query_codes, {{"num_reqs"}, {"num_q_heads"}, {"L"}});
   const int num_q_heads = check_query_heads(query_codes.shape(1), pages.pages);
   check_sampling(&rule, index, pages);
   const SampleInput in = {&rule.rule, index == nullptr ? nullptr : &index->index,

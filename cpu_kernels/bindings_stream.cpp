@@ -110,7 +110,7 @@ struct BoundExchange {
   DecodeExchange buffers;
   int64_t num_kv_heads;
   int64_t head_size;
-  int64_t code_words;  // 0 without codes
+  int64_t num_tables;  // 0 without codes
   bool float32_rows;
 };
 
@@ -151,10 +151,10 @@ std::shared_ptr<BoundExchange> make_exchange(const py::array& query, const py::a
         "none; pass both or None.");
   if (query_codes.has_value()) {
     e.buffers.query_codes =
-        input<uint16_t>("query_codes", *query_codes, {max_decodes, num_q_heads, {"words"}});
-    e.code_words = query_codes->shape(2);
-    e.buffers.key_codes = input<uint16_t>("key_codes", *key_codes,
-                                          {max_decodes, num_kv_heads, {"words", e.code_words}});
+        input<uint16_t>("query_codes", *query_codes, {max_decodes, num_q_heads, {"L"}});
+    e.num_tables = query_codes->shape(2);
+    e.buffers.key_codes =
+        input<uint16_t>("key_codes", *key_codes, {max_decodes, num_kv_heads, {"L", e.num_tables}});
     check_apart({"out", out}, {{"query_codes", *query_codes}, {"key_codes", *key_codes}});
     e.arrays.push_back(*query_codes);
     e.arrays.push_back(*key_codes);
@@ -198,9 +198,9 @@ void check_exchange(const BoundExchange& exchange, const Pages& pages, bool samp
     refuse("exchange has rows of ", exchange.float32_rows ? 4 : 2,
            "-byte elements, but the pages of ", element_bytes(layout.row_type),
            "; make it of the pages' row dtype.");
-  if (sampled && exchange.code_words != layout.code_words)
-    refuse("exchange has codes of ", exchange.code_words, " words, but the pages of ",
-           layout.code_words, "; make it with the pages' code words.");
+  if (sampled && exchange.num_tables != layout.num_tables)
+    refuse("exchange has codes of ", exchange.num_tables, " tables, but the pages of ",
+           layout.num_tables, "; make it with the pages' tables.");
 }
 
 std::unique_ptr<BoundLayer> make_layer(

@@ -146,8 +146,7 @@ class Step {
     if (input_.sample != nullptr) {
       plan_lookup();
       if (input_.hash != nullptr) phases.push_back(hashing());
-      for (ThreadPool::Phase& phase : lookup_->phases(pool.num_threads(), workspace_.lookup))
-        phases.push_back(std::move(phase));
+      phases.push_back(lookup_->phase(pool.num_threads(), workspace_.lookup));
       if (input_.hash != nullptr) end_of_hashing(phases[1]);
     }
     phases.push_back({[this] {
@@ -207,7 +206,7 @@ class Step {
     sample_ = *input_.sample;
     if (input_.hash != nullptr) {
       codes_ = workspace_.arena.take<uint16_t>(num_vectors() *
-                                               static_cast<size_t>(input_.hash->code_words()));
+                                               static_cast<size_t>(input_.hash->num_tables()));
       sample_.query_codes = codes_;
     }
     std::vector<TokenRange> middles;
@@ -400,7 +399,7 @@ class Step {
   std::vector<Task> tasks_;
   float* queries_;  // [num_reqs][num_q_heads][head_size]
   SampleInput sample_;
-  uint16_t* codes_ = nullptr;  // [num_reqs][num_q_heads][code_words], where they are hashed here
+  uint16_t* codes_ = nullptr;  // [num_reqs][num_q_heads][num_tables], where they are hashed here
   Clock::time_point hashing_since_;
   std::unique_ptr<Lookup> lookup_;
   std::vector<Weighting> weightings_;  // [num_reqs][num_q_heads]

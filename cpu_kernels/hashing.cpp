@@ -14,7 +14,6 @@ SimHash::SimHash(int head_size, int num_bits, int num_tables, int size, std::vec
       signs_(std::move(signs)) {}
 
 int SimHash::num_blocks(int num_bits, int num_tables, int size) {
-  if (num_bits == 1) return num_tables / InclusionTable::kBitsPerWord;
   return (num_tables + size - 1) / size * num_bits;
 }
 
@@ -34,13 +33,12 @@ size_t SimHash::num_tasks(size_t num_vectors) {
 
 void SimHash::hash_task(size_t task, const float* vectors, size_t num_vectors, const float* centers,
                         size_t num_heads, uint16_t* codes, Isa isa) const {
-  const HashPlan plan = {head_size_,  size_,          code_words(),
-                         word_bits(), num_bits_ == 1, signs_.data()};
+  const HashPlan plan = {head_size_, size_, num_bits_, num_tables_, signs_.data()};
   const size_t size = task_vectors(num_vectors), first = task * size;
   // The heads of the task's vectors go on where those before it end.
   kernels_of(isa).hash(plan, vectors + first * static_cast<size_t>(head_size_),
                        std::min(size, num_vectors - first), centers, num_heads, first % num_heads,
-                       codes + first * static_cast<size_t>(code_words()));
+                       codes + first * static_cast<size_t>(num_tables_));
 }
 
 void SimHash::hash(const float* vectors, size_t num_vectors, const float* centers, size_t num_heads,

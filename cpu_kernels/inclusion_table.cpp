@@ -8,8 +8,7 @@
 //   law, about t K / (p * width) with a width of 2 / K: below 300 for (K, L, t) = (10, 150, 2) and
 //   800 for (15, 255, 2), hence below 6e-7 and 1.5e-6;
 // - fp32 rounding of g and of t K log p, each below 2^-24 of its size. The sizes are at most log
-//   C(L, t) and cancel where u is about 1: below 1e-6 at (10, 150, 2), 4e-6 at (1, 128, 64), where
-//   log C(128, 64) = 87;
+//   C(L, t) and cancel where u is about 1: below 1e-6 at (10, 150, 2);
 // - the error dp of p itself, times d log u / dp <= t K / p. For cosines above 0, dp is below 6e-8
 //   (p near 1 has no finer floats); below 0, p = acos(-cosine) / pi keeps its relative precision.
 //   With t K = 20 that is 2.4e-6 at p = 0.5.

@@ -8,8 +8,7 @@ namespace magicpig {
 
 /// Tokens that a group of query heads matches, relative to a first one.
 ///
-/// Scores are uint8, so that 32 fit a vector: a token's number of equal tables, less score_bias(L)
-/// and at least 0. Only L = 256 has a bias, and there 0 and 1 matches are one score.
+/// Scores are uint8, so that 32 fit a vector: a token's number of equal tables.
 struct Matches {
   uint32_t* words;     // bit i of word w of a head: token 32 w + i
   size_t head_stride;  // words from one head to the next
@@ -70,10 +69,9 @@ struct AttendArgs {
 /// What SimHash::hash needs (hashing.cpp).
 struct HashPlan {
   int head_size;
-  int size;            // of the transform
-  int num_words;       // code words of a vector
-  int word_bits;       // bits of each
-  bool one_block;      // a word's bits come from one block, else each from another
+  int size;  // of the transform
+  int num_bits;
+  int num_tables;
   const float* signs;  // [3 + blocks][size], 1 or -1
 };
 /// Vectors that are transformed together at most, one in each lane.
@@ -89,19 +87,14 @@ struct Kernels {
   void (*pack_codes)(const float* projections, size_t num_rows, int num_tables, int num_bits,
                      uint16_t* codes);
   void (*log_u)(const Weighting& weighting, const float* cosine, size_t size, float* out);
-  /// Tokens of a segment that reach each head's lowest score. query_codes: [num_heads][L]; lowest:
-  /// [num_heads]; counters: [segment_tokens], zero on entry and on return.
+  /// Tokens of a segment that reach min_matches. query_codes: [num_heads][L]; counters:
+  /// [segment_tokens], zero on entry and on return.
   void (*match_segment)(const SegmentView& segment, const uint16_t* query_codes, int num_heads,
-                        const uint8_t* lowest, uint8_t* counters, const Matches& matches);
+                        int min_matches, uint8_t* counters, const Matches& matches);
   /// The same from the codes themselves: tiles [num_tiles][L][32].
   void (*match_tiles)(const uint16_t* tiles, int num_tiles, int num_tables,
-                      const uint16_t* query_codes, int num_heads, const uint8_t* lowest,
+                      const uint16_t* query_codes, int num_heads, int min_matches,
                       const Matches& matches);
-  /// The same where a table is one bit: tiles and query_codes hold num_words words of 16 tables.
-  /// `ahead` is as long as tiles, and fetched into the cache.
-  void (*match_signatures)(const uint16_t* tiles, const uint16_t* ahead, int num_tiles,
-                           int num_words, const uint16_t* query_codes, int num_heads,
-                           const uint8_t* lowest, const Matches& matches);
   /// The tokens whose bits are set, ascending, and how many: bit i of word w is first + 32 w + i.
   /// tokens: [32 num_words], all of which may be written.
   int (*list_tokens)(const uint32_t* words, int num_words, int32_t first, int32_t* tokens);

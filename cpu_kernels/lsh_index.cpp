@@ -412,7 +412,7 @@ std::shared_ptr<Segment> LshIndex::allocate(const Stretch& stretch) {
   segment->sources = stretch;
   segment->segment_tokens = levels_[level_of(stretch)];
   segment->num_buckets = 1 << num_bits_;
-  segment->num_tables = pages_.layout().code_words;
+  segment->num_tables = pages_.layout().num_tables;
   segment->storage_bytes = storage_bytes(*segment, pages_.num_kv_heads());
   segment->last_used.store(lookups_.load(std::memory_order_relaxed), std::memory_order_relaxed);
   if (max_bytes_ > 0 && !make_room(segment->num_bytes())) {

@@ -136,21 +136,18 @@ constexpr int kMaxHeadSize = 256;
 constexpr int kTileTokens = 32;
 
 /// A chunk is what one kv head has in one block: rows [block_size][K | V][head_size], then codes
-/// [block_size / 32][code_words][32] uint16.
-///
-/// A token's code words are its L table codes; with K = 1, where a table holds one bit, its
-/// signature: L / 16 words of 16 tables each. Pages without codes have none.
+/// [block_size / 32][num_tables][32] uint16. Pages without codes have no tables.
 struct PageLayout {
   RowType row_type;
   int block_size;
   int head_size;
-  int code_words;
+  int num_tables;
 
   size_t row_bytes() const { return 2 * static_cast<size_t>(head_size) * element_bytes(row_type); }
   size_t codes_offset() const { return static_cast<size_t>(block_size) * row_bytes(); }
-  size_t tile_codes() const { return static_cast<size_t>(code_words) * kTileTokens; }
+  size_t tile_codes() const { return static_cast<size_t>(num_tables) * kTileTokens; }
   size_t chunk_bytes() const {
-    return codes_offset() + static_cast<size_t>(block_size) * static_cast<size_t>(code_words) * 2;
+    return codes_offset() + static_cast<size_t>(block_size) * static_cast<size_t>(num_tables) * 2;
   }
 };
 
@@ -186,7 +183,7 @@ class Pages {
     return chunk(blocks[block], kv_head) +
            static_cast<size_t>(token - block * layout_.block_size) * layout_.row_bytes();
   }
-  /// Codes of the tile [code_words][32] that holds `offset` of a block.
+  /// Codes of the tile [num_tables][32] that holds `offset` of a block.
   uint16_t* tile(int block, int kv_head, int offset) const {
     return reinterpret_cast<uint16_t*>(chunk(block, kv_head) + layout_.codes_offset()) +
            static_cast<size_t>(offset / kTileTokens) * layout_.tile_codes();
@@ -196,7 +193,7 @@ class Pages {
   /// its tokens. Notes the writes before any byte changes.
   void store_rows(RowsView key, RowsView value, const int64_t* slots, size_t num_tokens,
                   ThreadPool& pool);
-  /// codes: [num_tokens][num_kv_heads][code_words].
+  /// codes: [num_tokens][num_kv_heads][num_tables].
   void store_codes(const uint16_t* codes, const int64_t* slots, size_t num_tokens,
                    ThreadPool& pool);
   void load_codes(const int64_t* slots, size_t num_tokens, uint16_t* codes) const;
@@ -444,25 +441,16 @@ class InclusionTable {
 
   int num_bits() const { return num_bits_; }
   int num_tables() const { return num_tables_; }
-  /// Code words of a token: one per table, or one per 16 where a table is a bit (PageLayout).
-  int code_words() const { return num_bits_ == 1 ? num_tables_ / kBitsPerWord : num_tables_; }
-  /// Bits that a code word uses.
-  int word_bits() const { return num_bits_ == 1 ? kBitsPerWord : num_bits_; }
 
   /// [kIntervals + 1]: log P[Binomial(L, p^K) >= t] - t K log p at p = i / kIntervals, for t in
   /// [0, L + 1]; far below any logarithm that counts for t = L + 1, which never happens.
   const float* g(int t) const { return &g_[static_cast<size_t>(t) * (kIntervals + 1)]; }
-
-  static constexpr int kBitsPerWord = 16;
 
  private:
   int num_bits_;
   int num_tables_;
   std::vector<float> g_;
 };
-
-/// Matches that a uint8 score leaves out (kernels.h).
-inline int score_bias(int num_tables) { return num_tables > 255 ? num_tables - 255 : 0; }
 
 /// Which tokens are in a sample: all that match in more than `matches` tables, and this fraction of
 /// those that match in just as many. The marginal probability of that is what a token is weighted
@@ -479,9 +467,9 @@ void log_u(const InclusionTable& table, Threshold threshold, const float* cosine
 
 /// The hyperplanes of one layer, as random signs between Walsh-Hadamard transforms H of `size`
 /// elements: a vector is rotated three times, y = H D2 H D1 H D0 x, and block b projects it to H Db
-/// y. Bit k of table l is element l % size of block l / size * K + k; with K = 1, table l is
-/// element l % 16 of block l / 16. Bits of one table from one block would be orthogonal directions,
-/// and the tables' collisions no longer those of independent ones. Source: reference.hyperplanes.
+/// y. Bit k of table l is element l % size of block l / size * K + k. Bits of one table from one
+/// block would be orthogonal directions, and the tables' collisions no longer those of independent
+/// ones. Source: reference.hyperplanes.
 class SimHash {
  public:
   /// signs: [3 + num_blocks][size], 1 or -1; size: a power of two from head_size to kMaxSize.
@@ -491,13 +479,11 @@ class SimHash {
   static int num_blocks(int num_bits, int num_tables, int size);
 
   int head_size() const { return head_size_; }
-  int code_words() const {
-    return num_bits_ == 1 ? num_tables_ / InclusionTable::kBitsPerWord : num_tables_;
-  }
-  int word_bits() const { return num_bits_ == 1 ? InclusionTable::kBitsPerWord : num_bits_; }
+  int num_bits() const { return num_bits_; }
+  int num_tables() const { return num_tables_; }
 
   /// vectors: [num_vectors][head_size], num_heads to a token; centers: [num_heads][head_size] to
-  /// subtract, or null; codes: [num_vectors][code_words]. A bit is set where its projection is > 0.
+  /// subtract, or null; codes: [num_vectors][num_tables]. A bit is set where its projection is > 0.
   void hash(const float* vectors, size_t num_vectors, const float* centers, size_t num_heads,
             uint16_t* codes, Isa isa, ThreadPool& pool) const;
   /// The same in tasks.
@@ -548,7 +534,7 @@ TokenRange middle_of(int num_tokens, const SampleRule& rule);
 struct SampleInput {
   const SampleRule* rule;
   const LshIndex* index;        // null: every token is compared by code
-  const uint16_t* query_codes;  // [num_reqs][num_q_heads][code_words]
+  const uint16_t* query_codes;  // [num_reqs][num_q_heads][num_tables]
 };
 
 struct HeadSample {

@@ -99,28 +99,29 @@ void Pages::store_rows(RowsView key, RowsView value, const int64_t* slots, size_
 
 void Pages::store_codes(const uint16_t* codes, const int64_t* slots, size_t num_tokens,
                         ThreadPool& pool) {
-  const size_t words = static_cast<size_t>(layout_.code_words);
+  const size_t num_tables = static_cast<size_t>(layout_.num_tables);
   for_each_token(num_tokens, pool, [&](size_t token) {
     if (slots[token] < 0) return;
     const int block = static_cast<int>(slots[token] / layout_.block_size);
     const int offset = static_cast<int>(slots[token] % layout_.block_size);
     for (int head = 0; head < num_kv_heads_; ++head) {
-      const uint16_t* from = codes + (token * static_cast<size_t>(num_kv_heads_) + head) * words;
+      const uint16_t* from =
+          codes + (token * static_cast<size_t>(num_kv_heads_) + head) * num_tables;
       uint16_t* to = tile(block, head, offset) + offset % kTileTokens;
-      for (size_t l = 0; l < words; ++l) to[l * kTileTokens] = from[l];
+      for (size_t l = 0; l < num_tables; ++l) to[l * kTileTokens] = from[l];
     }
   });
 }
 
 void Pages::load_codes(const int64_t* slots, size_t num_tokens, uint16_t* codes) const {
-  const size_t words = static_cast<size_t>(layout_.code_words);
+  const size_t num_tables = static_cast<size_t>(layout_.num_tables);
   for (size_t token = 0; token < num_tokens; ++token) {
     const int block = static_cast<int>(slots[token] / layout_.block_size);
     const int offset = static_cast<int>(slots[token] % layout_.block_size);
     for (int head = 0; head < num_kv_heads_; ++head) {
       const uint16_t* from = tile(block, head, offset) + offset % kTileTokens;
-      uint16_t* to = codes + (token * static_cast<size_t>(num_kv_heads_) + head) * words;
-      for (size_t l = 0; l < words; ++l) to[l] = from[l * kTileTokens];
+      uint16_t* to = codes + (token * static_cast<size_t>(num_kv_heads_) + head) * num_tables;
+      for (size_t l = 0; l < num_tables; ++l) to[l] = from[l * kTileTokens];
     }
   }
 }

@@ -10,15 +10,10 @@
 namespace magicpig {
 namespace {
 
-/// Tokens compared by code in one task: some tens of microseconds for either kind of code.
+/// Tokens compared by code in one task: some tens of microseconds.
 constexpr int kTokensByCode = 4096;
 /// A lookup in segments is cut by query heads until each thread has this many tasks.
 constexpr size_t kTasksPerThread = 3;
-/// Tiles that are looked at to guess the lowest score worth keeping.
-constexpr int kGuessTiles = 64;
-/// The guess aims at this many times the rows wanted, and some: too few cost a second pass.
-constexpr double kGuessMargin = 2.5;
-constexpr double kGuessExtra = 8.0;
 
 int divide_up(int a, int b) { return (a + b - 1) / b; }
 int tile_floor(int token) { return token / kTileTokens * kTileTokens; }
@@ -43,11 +38,11 @@ int SampleRule::row_limit(int middle_tokens) const {
 }
 
 uint64_t tie_phase(uint64_t seed, int num_tokens, int query_head, const uint16_t* codes,
-                   int code_words) {
+                   int num_tables) {
   uint64_t state = split_mix(seed);
   state = split_mix(state ^ static_cast<uint64_t>(num_tokens));
   state = split_mix(state ^ static_cast<uint64_t>(query_head));
-  for (int i = 0; i < code_words; ++i) state = split_mix(state ^ codes[i]);
+  for (int i = 0; i < num_tables; ++i) state = split_mix(state ^ codes[i]);
   return state;
 }
 
@@ -58,8 +53,7 @@ Lookup::Lookup(const Pages& pages, const Requests& requests, const std::vector<T
       kernels_(kernels),
       num_q_heads_(num_q_heads),
       group_(num_q_heads / pages.num_kv_heads()),
-      bias_(score_bias(input.rule->table->num_tables())),
-      lowest_(static_cast<uint8_t>(input.rule->min_matches - bias_)) {
+      min_matches_(static_cast<uint8_t>(input.rule->min_matches)) {
   if (input.index != nullptr) input.index->start_lookup();
   size_t num_found = 0;
   for (int r = 0; r < requests.size; ++r) {
@@ -70,7 +64,6 @@ Lookup::Lookup(const Pages& pages, const Requests& requests, const std::vector<T
   found_.resize(num_found);
   const size_t num_heads = plans_.size() * static_cast<size_t>(num_q_heads);
   views_.assign(num_heads, SampleView{nullptr, 0, {input.rule->min_matches, 1.0f}});
-  head_lowest_.assign(num_heads, lowest_);
 }
 
 Lookup::Plan Lookup::make_plan(const int32_t* blocks, int num_tokens, TokenRange middle) {
@@ -127,36 +120,25 @@ void Lookup::make_tasks(int num_threads) {
                    [&](const Task& a, const Task& b) { return tokens(a) > tokens(b); });
 }
 
-std::vector<ThreadPool::Phase> Lookup::phases(int num_threads, std::vector<Scratch>& scratch) {
+ThreadPool::Phase Lookup::phase(int num_threads, std::vector<Scratch>& scratch) {
   const size_t heads = static_cast<size_t>(pages_.num_kv_heads());
-  const auto timed = [&scratch](auto body) {
-    return [&scratch, body](size_t task, int thread) {
-      Scratch& own = scratch[static_cast<size_t>(thread)];
-      const Clock::time_point start = Clock::now();
-      body(task, own);
-      own.lookup_ns += nanoseconds_since(start);
-    };
-  };
-  std::vector<ThreadPool::Phase> phases;
-  if (limited() && by_signature())
-    phases.push_back({[this, heads] { return plans_.size() * heads; },
-                      timed([this, heads](size_t i, Scratch& own) {
-                        find_lowest(static_cast<int>(i / heads), static_cast<int>(i % heads), own);
-                      })});
-  phases.push_back({[this, num_threads] {
-                      make_tasks(num_threads);
-                      return tasks_.size();
-                    },
-                    timed([this, heads](size_t i, Scratch& own) {
-                      const Task& task = tasks_[i];
-                      run_task(task, own);
-                      std::atomic<int>& left =
-                          tasks_left_[static_cast<size_t>(task.request) * heads + task.kv_head];
-                      if (left.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
-                      for (int head = 0; head < group_; ++head)
-                        pick(task.request, task.kv_head * group_ + head, own);
-                    })});
-  return phases;
+  return {[this, num_threads] {
+            make_tasks(num_threads);
+            return tasks_.size();
+          },
+          [this, heads, &scratch](size_t i, int thread) {
+            Scratch& own = scratch[static_cast<size_t>(thread)];
+            const Clock::time_point start = Clock::now();
+            const Task& task = tasks_[i];
+            run_task(task, own);
+            // Who comes last at a (request, kv head) picks its samples.
+            std::atomic<int>& left =
+                tasks_left_[static_cast<size_t>(task.request) * heads + task.kv_head];
+            if (left.fetch_sub(1, std::memory_order_acq_rel) == 1)
+              for (int head = 0; head < group_; ++head)
+                pick(task.request, task.kv_head * group_ + head, own);
+            own.lookup_ns += nanoseconds_since(start);
+          }};
 }
 
 // --------------------------------------------------------------------------------------- counting
@@ -177,7 +159,7 @@ Matches Lookup::matches_in(Scratch& scratch, int tokens, int num_heads) const {
 }
 
 Matches Lookup::count(const Plan& plan, const Stretch& stretch, int kv_head, const uint16_t* codes,
-                      int num_heads, const uint8_t* lowest, Scratch& scratch) const {
+                      int num_heads, Scratch& scratch) const {
   // A segment may hold more than the stretch; keep() leaves that out.
   const int tokens =
       stretch.segment ? stretch.segment->segment_tokens : stretch.end - stretch.begin;
@@ -185,33 +167,25 @@ Matches Lookup::count(const Plan& plan, const Stretch& stretch, int kv_head, con
   if (stretch.segment) {
     if (scratch.counters.size() < static_cast<size_t>(tokens))
       scratch.counters.resize(static_cast<size_t>(tokens));
-    kernels_.match_segment(stretch.segment->view(kv_head), codes, num_heads, lowest,
+    kernels_.match_segment(stretch.segment->view(kv_head), codes, num_heads, min_matches_,
                            scratch.counters.data(), matches);
   } else {
-    count_by_code(plan, kv_head, stretch.begin, stretch.end, codes, num_heads, lowest, matches);
+    count_by_code(plan, kv_head, stretch.begin, stretch.end, codes, num_heads, matches);
   }
   return matches;
 }
 
 /// Block by block. begin is a tile's; what lies between end and the end of its tile means nothing.
 void Lookup::count_by_code(const Plan& plan, int kv_head, int begin, int end, const uint16_t* codes,
-                           int num_heads, const uint8_t* lowest, Matches matches) const {
+                           int num_heads, Matches matches) const {
   const int block_size = pages_.layout().block_size;
-  const int words = pages_.layout().code_words;
-  const int last_block = (plan.num_tokens - 1) / block_size;
+  const int num_tables = pages_.layout().num_tables;
   for (int token = begin; token < end;) {
     const int block = token / block_size;
     const int block_end = std::min((block + 1) * block_size, end);
     const int num_tiles = divide_up(block_end - token, kTileTokens);
     const uint16_t* tiles = pages_.tile(plan.blocks[block], kv_head, token % block_size);
-    if (by_signature()) {
-      // A block's codes are a page or less: the hardware prefetcher starts anew at each.
-      const uint16_t* ahead =
-          pages_.tile(plan.blocks[std::min(block + 1, last_block)], kv_head, token % block_size);
-      kernels_.match_signatures(tiles, ahead, num_tiles, words, codes, num_heads, lowest, matches);
-    } else {
-      kernels_.match_tiles(tiles, num_tiles, words, codes, num_heads, lowest, matches);
-    }
+    kernels_.match_tiles(tiles, num_tiles, num_tables, codes, num_heads, min_matches_, matches);
     matches.words += num_tiles;
     token = block_end;
   }
@@ -221,10 +195,8 @@ void Lookup::run_task(const Task& task, Scratch& scratch) {
   const Plan& plan = plans_[task.request];
   const Stretch& stretch = plan.stretches[task.stretch];
   const int query_head = task.kv_head * group_ + task.first_head;
-  const uint8_t* lowest =
-      &head_lowest_[static_cast<size_t>(task.request) * num_q_heads_ + query_head];
   const Matches matches = count(plan, stretch, task.kv_head, codes_of(task.request, query_head),
-                                task.num_heads, lowest, scratch);
+                                task.num_heads, scratch);
   for (int head = 0; head < task.num_heads; ++head)
     found_[found_index(plan, query_head + head, static_cast<size_t>(task.stretch))] =
         keep(plan, stretch, matches, head, scratch);
@@ -266,39 +238,6 @@ Lookup::Found Lookup::keep(const Plan& plan, const Stretch& stretch, const Match
   return found;
 }
 
-/// Guesses a score that somewhat more tokens reach than may be taken, from a few tiles: with one
-/// bit a table, half of all tokens match in half of the tables. A wrong guess costs time only
-/// (pick).
-void Lookup::find_lowest(int request, int kv_head, Scratch& scratch) {
-  const Plan& plan = plans_[request];
-  const int first = divide_up(plan.middle.begin, kTileTokens);
-  const int num_tiles = plan.middle.end / kTileTokens - first;
-  if (num_tiles <= 0) return;
-  const int stride = std::max(1, num_tiles / kGuessTiles);
-  const int num_guess = divide_up(num_tiles, stride);
-  const int query_head = kv_head * group_;
-  const uint16_t* codes = codes_of(request, query_head);
-  const std::vector<uint8_t> everything(static_cast<size_t>(group_), 0);
-  Matches matches = matches_in(scratch, num_guess * kTileTokens, group_);
-  for (int i = 0; i < num_guess; ++i) {
-    const int token = (first + i * stride) * kTileTokens;
-    count_by_code(plan, kv_head, token, token + kTileTokens, codes, group_, everything.data(),
-                  matches);
-    ++matches.words;
-  }
-  const double share = static_cast<double>(plan.row_limit) / plan.middle.size();
-  const double wanted = kGuessMargin * share * num_guess * kTileTokens + kGuessExtra;
-  for (int head = 0; head < group_; ++head) {
-    int histogram[256] = {};
-    const uint8_t* scores = matches.scores + static_cast<size_t>(head) * matches.score_stride;
-    for (size_t i = 0; i < matches.num_scores[head]; ++i) ++histogram[scores[i]];
-    int score = 255, reached = histogram[255];
-    while (score > lowest_ && reached < wanted) reached += histogram[--score];
-    head_lowest_[static_cast<size_t>(request) * num_q_heads_ + query_head + head] =
-        static_cast<uint8_t>(score);
-  }
-}
-
 // ---------------------------------------------------------------------------------------- picking
 
 std::vector<Lookup::Found> Lookup::found_by(const Plan& plan, int query_head) const {
@@ -309,25 +248,14 @@ std::vector<Lookup::Found> Lookup::found_by(const Plan& plan, int query_head) co
 void Lookup::pick(int request, int query_head, Scratch& scratch) {
   const Plan& plan = plans_[request];
   const size_t index = static_cast<size_t>(request) * num_q_heads_ + query_head;
-  std::vector<Found> found = found_by(plan, query_head);
-  const auto total = [&found] {
-    int64_t sum = 0;
-    for (const Found& part : found) sum += part.size;
-    return sum;
-  };
-  if (total() < plan.row_limit && head_lowest_[index] > lowest_) {
-    // The guess was too high. What is looked for now holds all that may be sampled.
-    for (size_t s = 0; s < plan.stretches.size(); ++s) {
-      const Matches matches = count(plan, plan.stretches[s], query_head / group_,
-                                    codes_of(request, query_head), 1, &lowest_, scratch);
-      found[s] = keep(plan, plan.stretches[s], matches, 0, scratch);
-    }
-  }
-  if (total() <= plan.row_limit) {
+  const std::vector<Found> found = found_by(plan, query_head);
+  int64_t total = 0;
+  for (const Found& part : found) total += part.size;
+  if (total <= plan.row_limit) {
     views_[index] = pick_all(found, scratch);
   } else {
     const uint64_t phase = tie_phase(input_.rule->seed, plan.num_tokens, query_head,
-                                     codes_of(request, query_head), pages_.layout().code_words);
+                                     codes_of(request, query_head), pages_.layout().num_tables);
     views_[index] = pick_best(found, plan.row_limit, phase, scratch);
   }
 }
@@ -371,7 +299,7 @@ SampleView Lookup::pick_best(const std::vector<Found>& found, int limit, uint64_
       *next++ = part.positions[i];
     }
   }
-  return {positions, limit, {score + bias_, fraction}};
+  return {positions, limit, {score, fraction}};
 }
 
 // ------------------------------------------------------------------------------------- for tests
@@ -384,7 +312,7 @@ std::vector<std::vector<HeadSample>> sample(const Pages& pages, const Requests& 
     middles.push_back(middle_of(requests.seq_lens[r], *input.rule));
   Lookup lookup(pages, requests, middles, num_q_heads, input, kernels_of(isa));
   std::vector<Lookup::Scratch> scratch(static_cast<size_t>(pool.num_threads()));
-  pool.run(lookup.phases(pool.num_threads(), scratch));
+  pool.run({lookup.phase(pool.num_threads(), scratch)});
   std::vector<std::vector<HeadSample>> samples(static_cast<size_t>(requests.size));
   for (int r = 0; r < requests.size; ++r)
     for (int head = 0; head < num_q_heads; ++head) {

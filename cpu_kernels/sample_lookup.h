@@ -37,7 +37,7 @@ class Lookup {
 
   /// What threads do for it; `input` has its codes when they start. scratch: one of each thread,
   /// reset by the caller before the next step.
-  std::vector<ThreadPool::Phase> phases(int num_threads, std::vector<Scratch>& scratch);
+  ThreadPool::Phase phase(int num_threads, std::vector<Scratch>& scratch);
 
   const SampleView& view(int request, int query_head) const {
     return views_[static_cast<size_t>(request) * num_q_heads_ + query_head];
@@ -76,12 +76,11 @@ class Lookup {
   Plan make_plan(const int32_t* blocks, int num_tokens, TokenRange middle);
   void cut_by_code(Plan& plan, int begin, int end) const;
   void make_tasks(int num_threads);
-  void find_lowest(int request, int kv_head, Scratch& scratch);
   void run_task(const Task& task, Scratch& scratch);
   Matches count(const Plan& plan, const Stretch& stretch, int kv_head, const uint16_t* codes,
-                int num_heads, const uint8_t* lowest, Scratch& scratch) const;
+                int num_heads, Scratch& scratch) const;
   void count_by_code(const Plan& plan, int kv_head, int begin, int end, const uint16_t* codes,
-                     int num_heads, const uint8_t* lowest, Matches matches) const;
+                     int num_heads, Matches matches) const;
   Matches matches_in(Scratch& scratch, int tokens, int num_heads) const;
   Found keep(const Plan& plan, const Stretch& stretch, const Matches& matches, int head,
              Scratch& scratch) const;
@@ -92,10 +91,9 @@ class Lookup {
                        Scratch& scratch) const;
 
   bool limited() const { return input_.rule->row_budget > 0; }
-  bool by_signature() const { return input_.rule->table->num_bits() == 1; }
   const uint16_t* codes_of(int request, int query_head) const {
     return input_.query_codes + (static_cast<size_t>(request) * num_q_heads_ + query_head) *
-                                    static_cast<size_t>(pages_.layout().code_words);
+                                    static_cast<size_t>(pages_.layout().num_tables);
   }
   size_t found_index(const Plan& plan, int query_head, size_t stretch) const {
     return plan.first_found + static_cast<size_t>(query_head) * plan.stretches.size() + stretch;
@@ -106,12 +104,10 @@ class Lookup {
   const Kernels& kernels_;
   const int num_q_heads_;
   const int group_;
-  const int bias_;        // score_bias
-  const uint8_t lowest_;  // the score of min_matches
+  const uint8_t min_matches_;
   std::vector<Plan> plans_;
   std::vector<Task> tasks_;
   std::vector<Found> found_;
-  std::vector<uint8_t> head_lowest_;  // [num_reqs][num_q_heads]: what lookups look for
   std::vector<SampleView> views_;
   std::unique_ptr<std::atomic<int>[]> tasks_left_;  // [num_reqs][num_kv_heads]
   size_t unsealed_stretches_ = 0;
@@ -120,6 +116,6 @@ class Lookup {
 /// Tie-breaker of a head's sample: where among the tokens that match equally well the choice
 /// starts. Source: reference.tie_phase.
 uint64_t tie_phase(uint64_t seed, int num_tokens, int query_head, const uint16_t* codes,
-                   int code_words);
+                   int num_tables);
 
 }  // namespace magicpig

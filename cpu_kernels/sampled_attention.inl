@@ -131,7 +131,7 @@ void log_u(const Weighting& weighting, const float* cosine, size_t size, float* 
 /// All signs of a row as one string of bits, then fields of K bits cut from it.
 void pack_codes(const float* projections, size_t num_rows, int num_tables, int num_bits,
                 uint16_t* codes) {
-  constexpr int kMaxSigns = 256 * 16;
+  constexpr int kMaxSigns = kMaxTables * 16;
   uint8_t signs[kMaxSigns / 8 + 3];  // a field is read as 3 bytes
   const int num_signs = num_tables * num_bits;
   const uint32_t mask = (1u << num_bits) - 1;
@@ -229,26 +229,19 @@ void hash(const HashPlan& plan, const float* vectors, size_t num_vectors, const 
     rotate(x, plan.signs + 2 * size, size, rotated);
 
     const float* signs = plan.signs + 3 * size;
-    // Words whose codes are being made: one, or as many as a transform has rows.
-    const int step = plan.one_block ? 1 : size;
-    for (int word = 0; word < plan.num_words; word += step) {
-      const int words = smaller(step, plan.num_words - word);
-      memset(sums, 0, static_cast<size_t>(words) * kLanes * sizeof(float));
-      if (plan.one_block) {
+    // As many tables at a time as a transform has rows.
+    for (int table = 0; table < plan.num_tables; table += size) {
+      const int tables = smaller(size, plan.num_tables - table);
+      memset(sums, 0, static_cast<size_t>(tables) * kLanes * sizeof(float));
+      for (int k = 0; k < plan.num_bits; ++k, signs += size) {
         rotate(rotated, signs, size, y);
-        signs += size;
-        for (int k = 0; k < plan.word_bits; ++k) add_bits(y + k * kLanes, 1, k, sums);
-      } else {
-        for (int k = 0; k < plan.word_bits; ++k, signs += size) {
-          rotate(rotated, signs, size, y);
-          add_bits(y, words, k, sums);
-        }
+        add_bits(y, tables, k, sums);
       }
       for (int lane = 0; lane < lanes; ++lane) {
         uint16_t* to = codes +
-                       (first + static_cast<size_t>(lane)) * static_cast<size_t>(plan.num_words) +
-                       word;
-        for (int i = 0; i < words; ++i)
+                       (first + static_cast<size_t>(lane)) * static_cast<size_t>(plan.num_tables) +
+                       table;
+        for (int i = 0; i < tables; ++i)
           to[i] = static_cast<uint16_t>(static_cast<int>(sums[i * kLanes + lane]));
       }
     }
@@ -303,18 +296,18 @@ inline void add_scores(uint32_t word, const uint8_t* scores, int head, const Mat
 }
 
 /// Turns the counters of one head into matches, and to zero.
-inline void collect(uint8_t* counters, int num_tokens, uint8_t lowest, int head,
+inline void collect(uint8_t* counters, int num_tokens, int min_matches, int head,
                     const Matches& matches) {
   uint32_t* words = matches.words + head * matches.head_stride;
   if (matches.scores == nullptr) {
     for (int i = 0; i < num_tokens; i += kTileTokens)
-      words[i / kTileTokens] = take_at_least(counters + i, lowest);
+      words[i / kTileTokens] = take_at_least(counters + i, min_matches);
     return;
   }
   for (int i = 0; i < num_tokens; i += kTileTokens) {
     uint8_t scores[kTileTokens];
     memcpy(scores, counters + i, kTileTokens);
-    const uint32_t word = take_at_least(counters + i, lowest);
+    const uint32_t word = take_at_least(counters + i, min_matches);
     words[i / kTileTokens] = word;
     if (word != 0) add_scores(word, scores, head, matches);
   }
@@ -325,7 +318,7 @@ inline void collect(uint8_t* counters, int num_tokens, uint8_t lowest, int head,
 /// on Zen 4 with 64K tokens: fetching them between the counting, at any distance, takes two thirds
 /// longer, and fetching the next head's before this one is counted three times as long.
 void match_segment(const SegmentView& s, const uint16_t* query_codes, int num_heads,
-                   const uint8_t* lowest, uint8_t* counters, const Matches& matches) {
+                   int min_matches, uint8_t* counters, const Matches& matches) {
   Run runs[kHeadsAtOnce * kMaxTables];
   const int num_tables = s.num_tables;
   const size_t offsets_stride = static_cast<size_t>(s.num_buckets) + 2;
@@ -345,7 +338,7 @@ void match_segment(const SegmentView& s, const uint16_t* query_codes, int num_he
       const Run* const own = runs + h * num_tables;
       for (int table = 0; table < num_tables; ++table) fetch_ids(own[table]);
       for (int table = 0; table < num_tables; ++table) count(own[table], counters);
-      collect(counters, s.segment_tokens, lowest[first + h], first + h, matches);
+      collect(counters, s.segment_tokens, min_matches, first + h, matches);
     }
   }
 }
@@ -377,15 +370,10 @@ int list_tokens(const uint32_t* words, int num_words, int32_t first, int32_t* to
   return static_cast<int>(next - tokens);
 }
 
-inline void add_tile(Tile16 scores, int tile, uint8_t lowest, int head, const Matches& matches) {
-  const uint32_t word = at_least(scores, lowest);
+inline void add_tile(Tile16 scores, int tile, int min_matches, int head, const Matches& matches) {
+  const uint32_t word = at_least(scores, min_matches);
   matches.words[head * matches.head_stride + tile] = word;
   if (matches.scores == nullptr || word == 0) return;
-  if (word == ~uint32_t{0}) {
-    store_bytes(matches.scores + head * matches.score_stride + matches.num_scores[head], scores);
-    matches.num_scores[head] += kTileTokens;
-    return;
-  }
   uint8_t bytes[kTileTokens];
   store_bytes(bytes, scores);
   add_scores(word, bytes, head, matches);
@@ -393,7 +381,7 @@ inline void add_tile(Tile16 scores, int tile, uint8_t lowest, int head, const Ma
 
 template <int kHeads>
 inline void match_tile(const uint16_t* tile, int index, int num_tables, const uint16_t* query_codes,
-                       int head, const uint8_t* lowest, const Matches& matches) {
+                       int head, int min_matches, const Matches& matches) {
   Tile16 counts[kHeads];
   for (int h = 0; h < kHeads; ++h) counts[h] = zero_tile();
   for (int l = 0; l < num_tables; ++l) {
@@ -401,63 +389,21 @@ inline void match_tile(const uint16_t* tile, int index, int num_tables, const ui
     for (int h = 0; h < kHeads; ++h)
       counts[h] = count_equal(counts[h], codes, query_codes[(head + h) * num_tables + l]);
   }
-  for (int h = 0; h < kHeads; ++h) add_tile(counts[h], index, lowest[head + h], head + h, matches);
+  for (int h = 0; h < kHeads; ++h) add_tile(counts[h], index, min_matches, head + h, matches);
 }
 
 void match_tiles(const uint16_t* tiles, int num_tiles, int num_tables, const uint16_t* query_codes,
-                 int num_heads, const uint8_t* lowest, const Matches& matches) {
+                 int num_heads, int min_matches, const Matches& matches) {
   for (int i = 0; i < num_tiles; ++i) {
     const uint16_t* tile = tiles + static_cast<size_t>(i) * num_tables * kTileTokens;
     int head = 0;
     for (; head + 4 <= num_heads; head += 4)
-      match_tile<4>(tile, i, num_tables, query_codes, head, lowest, matches);
+      match_tile<4>(tile, i, num_tables, query_codes, head, min_matches, matches);
     for (; head + 2 <= num_heads; head += 2)
-      match_tile<2>(tile, i, num_tables, query_codes, head, lowest, matches);
-    if (head < num_heads) match_tile<1>(tile, i, num_tables, query_codes, head, lowest, matches);
+      match_tile<2>(tile, i, num_tables, query_codes, head, min_matches, matches);
+    if (head < num_heads)
+      match_tile<1>(tile, i, num_tables, query_codes, head, min_matches, matches);
   }
-}
-
-constexpr int kMaxWords = 16;  // of a signature
-
-/// The query words of kHeads heads are spread over whole tiles first: a broadcast from memory for
-/// each would cost as much as the popcount.
-template <int kHeads>
-inline void match_signatures_of(const uint16_t* tiles, const uint16_t* ahead, int num_tiles,
-                                int num_words, const uint16_t* query_codes, int head,
-                                const uint8_t* lowest, const Matches& matches) {
-  Tile16 query[kMaxWords][kHeads];
-  for (int w = 0; w < num_words; ++w)
-    for (int h = 0; h < kHeads; ++h)
-      query[w][h] = broadcast_tile(query_codes[(head + h) * num_words + w]);
-  const int num_bits = num_words * 16;
-  const int most = smaller(num_bits, 255);
-  const size_t tile_words = static_cast<size_t>(num_words) * kTileTokens;
-  for (int i = 0; i < num_tiles; ++i) {
-    const uint16_t* tile = tiles + i * tile_words;
-    Tile16 differing[kHeads];
-    for (int h = 0; h < kHeads; ++h) differing[h] = zero_tile();
-    for (int w = 0; w < num_words; ++w) {
-      // Into L1: these are few and next in turn.
-      __builtin_prefetch(ahead + i * tile_words + w * kTileTokens, 0, 3);
-      const Tile16 words = load_tile(tile + w * kTileTokens);
-      for (int h = 0; h < kHeads; ++h)
-        differing[h] = add_differing_bits(differing[h], words, query[w][h]);
-    }
-    for (int h = 0; h < kHeads; ++h)
-      add_tile(scores_of_differing(differing[h], most), i, lowest[head + h], head + h, matches);
-  }
-}
-
-void match_signatures(const uint16_t* tiles, const uint16_t* ahead, int num_tiles, int num_words,
-                      const uint16_t* query_codes, int num_heads, const uint8_t* lowest,
-                      const Matches& matches) {
-  int head = 0;
-  for (; head + 4 <= num_heads; head += 4)
-    match_signatures_of<4>(tiles, ahead, num_tiles, num_words, query_codes, head, lowest, matches);
-  for (; head + 2 <= num_heads; head += 2)
-    match_signatures_of<2>(tiles, ahead, num_tiles, num_words, query_codes, head, lowest, matches);
-  if (head < num_heads)
-    match_signatures_of<1>(tiles, ahead, num_tiles, num_words, query_codes, head, lowest, matches);
 }
 
 // -------------------------------------------------------------------------------------- attention

@@ -24,9 +24,8 @@ namespace {
 #include "signature_encode.inl"
 }  // namespace
 
-const Kernels kernels = {hash,          pack_codes,  log_u,
-                         match_segment, match_tiles, match_signatures,
-                         list_tokens,   attend,      encode_signatures};
+const Kernels kernels = {hash,        pack_codes,  log_u,  match_segment,
+                         match_tiles, list_tokens, attend, encode_signatures};
 
 }  // namespace magicpig::avx2
 

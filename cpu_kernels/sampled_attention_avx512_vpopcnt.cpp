@@ -22,7 +22,6 @@
 #endif
 
 #define MAGICPIG_SIMD_AVX512
-#define MAGICPIG_SIMD_AVX512_VPOPCNT
 
 namespace magicpig::avx512_vpopcnt {
 namespace {
@@ -30,9 +29,8 @@ namespace {
 #include "signature_encode.inl"
 }  // namespace
 
-const Kernels kernels = {hash,          pack_codes,  log_u,
-                         match_segment, match_tiles, match_signatures,
-                         list_tokens,   attend,      encode_signatures};
+const Kernels kernels = {hash,        pack_codes,  log_u,  match_segment,
+                         match_tiles, list_tokens, attend, encode_signatures};
 
 }  // namespace magicpig::avx512_vpopcnt
 

@@ -135,36 +135,6 @@ inline Tile16 load_tile(const uint16_t* p) {
   const __m256i* v = reinterpret_cast<const __m256i*>(p);
   return {_mm256_loadu_si256(v), _mm256_loadu_si256(v + 1)};
 }
-inline Tile16 broadcast_tile(uint16_t x) {
-  const __m256i v = _mm256_set1_epi16(static_cast<short>(x));
-  return {v, v};
-}
-/// Adds, in any form, the number of bits in which words and query differ; at most 16 times.
-inline __m256i add_differing_bits(__m256i sums, __m256i words, __m256i query) {
-  const __m256i bits_of_nibble = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0,
-                                                  1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
-  const __m256i nibble = _mm256_set1_epi8(15);
-  const __m256i x = _mm256_xor_si256(words, query);
-  const __m256i low = _mm256_and_si256(x, nibble);
-  const __m256i high = _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble);
-  return _mm256_add_epi8(sums, _mm256_add_epi8(_mm256_shuffle_epi8(bits_of_nibble, low),
-                                               _mm256_shuffle_epi8(bits_of_nibble, high)));
-}
-inline Tile16 add_differing_bits(Tile16 sums, Tile16 words, Tile16 query) {
-  return {add_differing_bits(sums.low, words.low, query.low),
-          add_differing_bits(sums.high, words.high, query.high)};
-}
-/// most - the sums of add_differing_bits, at least 0.
-inline Tile16 scores_of_differing(Tile16 sums, int most) {
-  // Here the two bytes of a token were summed apart.
-  const __m256i low_byte = _mm256_set1_epi16(255);
-  const __m256i m = _mm256_set1_epi16(static_cast<short>(most));
-  const __m256i low =
-      _mm256_add_epi16(_mm256_and_si256(sums.low, low_byte), _mm256_srli_epi16(sums.low, 8));
-  const __m256i high =
-      _mm256_add_epi16(_mm256_and_si256(sums.high, low_byte), _mm256_srli_epi16(sums.high, 8));
-  return {_mm256_subs_epu16(m, low), _mm256_subs_epu16(m, high)};
-}
 /// counts + 1 where codes == code.
 inline Tile16 count_equal(Tile16 counts, Tile16 codes, uint16_t code) {
   const __m256i c = _mm256_set1_epi16(static_cast<short>(code));
@@ -331,33 +301,6 @@ struct Tile16 {
 };
 inline Tile16 zero_tile() { return {_mm512_setzero_si512()}; }
 inline Tile16 load_tile(const uint16_t* p) { return {_mm512_loadu_si512(p)}; }
-inline Tile16 broadcast_tile(uint16_t x) { return {_mm512_set1_epi16(static_cast<short>(x))}; }
-#if defined(MAGICPIG_SIMD_AVX512_VPOPCNT)
-inline Tile16 add_differing_bits(Tile16 sums, Tile16 words, Tile16 query) {
-  const __m512i differing = _mm512_popcnt_epi16(_mm512_xor_si512(words.v, query.v));
-  return {_mm512_add_epi16(sums.v, differing)};
-}
-inline Tile16 scores_of_differing(Tile16 sums, int most) {
-  return {_mm512_subs_epu16(_mm512_set1_epi16(static_cast<short>(most)), sums.v)};
-}
-#else
-inline Tile16 add_differing_bits(Tile16 sums, Tile16 words, Tile16 query) {
-  const __m512i bits_of_nibble =
-      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
-  const __m512i nibble = _mm512_set1_epi8(15);
-  const __m512i x = _mm512_xor_si512(words.v, query.v);
-  const __m512i low = _mm512_and_si512(x, nibble);
-  const __m512i high = _mm512_and_si512(_mm512_srli_epi16(x, 4), nibble);
-  return {_mm512_add_epi8(sums.v, _mm512_add_epi8(_mm512_shuffle_epi8(bits_of_nibble, low),
-                                                  _mm512_shuffle_epi8(bits_of_nibble, high)))};
-}
-inline Tile16 scores_of_differing(Tile16 sums, int most) {
-  // Here the two bytes of a token were summed apart.
-  const __m512i bits = _mm512_add_epi16(_mm512_and_si512(sums.v, _mm512_set1_epi16(255)),
-                                        _mm512_srli_epi16(sums.v, 8));
-  return {_mm512_subs_epu16(_mm512_set1_epi16(static_cast<short>(most)), bits)};
-}
-#endif
 inline void store_bytes(uint8_t* p, Tile16 counts) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi16_epi8(counts.v));
 }
@@ -503,26 +446,6 @@ inline Tile16 load_tile(const uint16_t* p) {
   Tile16 tile;
   memcpy(tile.v, p, sizeof tile.v);
   return tile;
-}
-inline Tile16 broadcast_tile(uint16_t x) {
-  Tile16 tile;
-  for (int i = 0; i < 32; ++i) tile.v[i] = x;
-  return tile;
-}
-inline Tile16 add_differing_bits(Tile16 sums, const Tile16& words, const Tile16& query) {
-  for (int i = 0; i < 32; ++i) {
-    uint32_t x = words.v[i] ^ query.v[i];
-    x = x - (x >> 1 & 0x5555);
-    x = (x & 0x3333) + (x >> 2 & 0x3333);
-    x = (x + (x >> 4)) & 0x0f0f;
-    sums.v[i] = static_cast<uint16_t>(sums.v[i] + ((x + (x >> 8)) & 0x1f));
-  }
-  return sums;
-}
-inline Tile16 scores_of_differing(Tile16 sums, int most) {
-  for (int i = 0; i < 32; ++i)
-    sums.v[i] = static_cast<uint16_t>(sums.v[i] < most ? most - sums.v[i] : 0);
-  return sums;
 }
 inline void store_bytes(uint8_t* p, const Tile16& counts) {
   for (int i = 0; i < 32; ++i) p[i] = static_cast<uint8_t>(counts.v[i]);

@@ -146,10 +146,10 @@ void StreamLayer::store(const StepContents& contents, bool with_codes) {
   const size_t num_decodes = contents.decode_slots.size();
   if (with_codes) {
     const size_t size =
-        static_cast<size_t>(exchange.num_q_heads) * static_cast<size_t>(pages.layout().code_words);
+        static_cast<size_t>(exchange.num_q_heads) * static_cast<size_t>(pages.layout().num_tables);
     for (size_t i = 0; i < num_decodes; ++i)
       if (slots[i] >= 0)
-        check_query_codes(exchange.query_codes + i * size, size, parts_.rule->table->word_bits());
+        check_query_codes(exchange.query_codes + i * size, size, parts_.rule->table->num_bits());
   }
   const ptrdiff_t head = static_cast<ptrdiff_t>(pages.layout().row_bytes() / 2);
   const ptrdiff_t token = head * pages.num_kv_heads();

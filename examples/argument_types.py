@@ -48,13 +48,6 @@ def positive_number(text: str) -> float:
     return value
 
 
-def fraction(text: str) -> float:
-    value = _number(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction above 0 and up to 1.")
-    return value
-
-
 def _number(text: str) -> float:
     """NaN for what is none."""
     try:

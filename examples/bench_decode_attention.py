@@ -26,11 +26,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from argument_types import fraction, positive, positives
+from argument_types import positive, positives
 from bench_geometries import GROUP, HEAD_DIM, NUM_KV_HEADS, AttentionLayer, generate
 from bench_layer import (
     BUCKETS,
-    SCANS,
     SINK_TOKENS,
     WINDOW_TOKENS,
     Config,
@@ -171,9 +170,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="one thread, timed by its CPU time: for a machine that others keep busy",
     )
     options.add_argument("--max-tokens", type=positive, default=MAX_TOKENS, help="of all requests")
-    options.add_argument(
-        "--rows", type=fraction, default=0.02, help="share that scans sample; default %(default)g"
-    )
     given = options.parse_args(argv)
     cpus = cores()
     if given.quick:
@@ -187,9 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     native = load_native()
     report = Report("bench_decode_attention", given.output, argv, threads)
-    configs = [*BUCKETS, *(Config(*scan, rows=given.rows) for scan in SCANS)]
-    if given.quick:
-        configs = [configs[0], *(config for config in configs if config.is_scan)][:2]
+    configs = BUCKETS[: 1 if given.quick else None]
     bandwidths = {
         count: measure_bandwidth(native, cpus[:count], quick=given.quick) for count in threads
     }
@@ -304,7 +298,7 @@ def measure_case(
         use_cpus(cpus)
         isa, pool = _C.resolve_isa("auto"), _C.ThreadPool(list(cpus))
         layer = SampledLayer(config, requests, placement, native, isa, pool)
-        reference = None if config.is_scan else ReferenceLayer(layer, native)
+        reference = ReferenceLayer(layer, native)
         del pool
         for count in threads:
             found.append(
@@ -416,10 +410,8 @@ def _distinct(ids: Sequence[Sequence[np.ndarray]]) -> int:
 
 
 def lookup_bytes(config: Config, case: Case, entries: int) -> float:
-    """Scan: the codes of every token, once for a group. Buckets: 2 bytes for each entry, and two
-    offsets for each probe (segments of more than one size make it a little more)."""
-    if config.is_scan:
-        return case.batch * case.num_tokens * NUM_KV_HEADS * config.L / 8
+    """2 bytes for each entry, and two offsets for each probe (segments of more than one size make it a
+    little more)."""
     segments = math.ceil(case.num_tokens / (1 << 16))
     return 2.0 * entries + 4.0 * config.L * NUM_Q_HEADS * case.batch * segments
 
@@ -448,20 +440,19 @@ def measure_isas(
         case = Case(num_tokens, 1)
         requests = make_requests(case)
         placement = Placement.shuffled(1, num_tokens)
-        configs = [BUCKETS[0], Config(*SCANS[1], rows=given.rows)]
-        for config in configs:
-            use_cpus(cpus[:1])
-            pool = _C.ThreadPool(list(cpus[:1]))
-            layer = SampledLayer(config, requests, placement, native, _C.resolve_isa("auto"), pool)
-            queries = make_queries(requests, given.repeats + 1)
+        config = BUCKETS[0]
+        use_cpus(cpus[:1])
+        pool = _C.ThreadPool(list(cpus[:1]))
+        layer = SampledLayer(config, requests, placement, native, _C.resolve_isa("auto"), pool)
+        queries = make_queries(requests, given.repeats + 1)
 
-            def side(name: str, of: SampledLayer, steps: torch.Tensor) -> Callable[[int], Any]:
-                decoder = Decoder(of, isas[name], _C.ThreadPool(list(cpus[:1])))
-                return lambda repeat: decoder.decode(steps[repeat])
+        def side(name: str, of: SampledLayer, steps: torch.Tensor) -> Callable[[int], Any]:
+            decoder = Decoder(of, isas[name], _C.ThreadPool(list(cpus[:1])))
+            return lambda repeat: decoder.decode(steps[repeat])
 
-            sides = {name: side(name, layer, queries) for name in isas}
-            seconds = interleave(sides, given.repeats, Evictor(), clock)
-            found += [IsaTiming(case, config.name, name, Timing.of(seconds[name])) for name in isas]
+        sides = {name: side(name, layer, queries) for name in isas}
+        seconds = interleave(sides, given.repeats, Evictor(), clock)
+        found += [IsaTiming(case, config.name, name, Timing.of(seconds[name])) for name in isas]
     return found
 
 

@@ -1,4 +1,4 @@
-"""The index: what it costs to build, to have and to be without, and what buckets and scan give for it.
+"""The index: what it costs to build, to have and to be without, and what its settings give for it.
 
     python examples/bench_index.py
     python examples/bench_index.py --quick
@@ -6,7 +6,7 @@
 
 build       time to build segments of each size, per token, kv head and core; bytes
 background  decode steps at 32K tokens with and without threads that build 64K segments meanwhile
-tradeoff    rows, error, time and memory of buckets and scan side by side, over all geometries
+tradeoff    rows, error, time and memory of settings side by side, over all geometries
 generation  one request from 2K to 34K tokens, token by token: store, hash, ask for segments, attend;
             time per token and rows read against context length
 """
@@ -36,7 +36,6 @@ from bench_geometries import (
 from bench_layer import (
     BLOCK_SIZE,
     BUCKETS,
-    SCANS,
     SINK_TOKENS,
     WINDOW_TOKENS,
     Config,
@@ -160,7 +159,6 @@ def part_build(given: Any, report: Report, cpus: Sequence[int], native: ModuleTy
 
         def build(level: int, of: SampledLayer, sizes: dict[int, int]) -> None:
             index = make_index(of.pages, of.config, level)
-            assert index is not None
             index.seal(of.placement.block_tables, of.placement.seq_lens, pool)
             sizes[level] = index.num_bytes
 
@@ -323,7 +321,6 @@ def tradeoff_configs() -> list[Config]:
     return [
         *BUCKETS,
         *(Config(BUCKETS[0].K, BUCKETS[0].L, rows) for rows in BUDGETS),
-        *(Config(*scan, rows=rows) for scan in SCANS for rows in BUDGETS),
     ]
 
 
@@ -371,7 +368,7 @@ def part_tradeoff(given: Any, report: Report, cpus: Sequence[int], native: Modul
             )
         report.add("tradeoff", found)
     report.print_table(
-        f"Buckets and scan, {len(cpus)} threads: relative output error over {given.error_steps} steps "
+        f"Buckets, {len(cpus)} threads: relative output error over {given.error_steps} steps "
         "of all geometries (median / p90), time of a step of one layer, bytes per token and kv head",
         ("tokens", "config", "sampled %", "error", "ms", "code B", "index B"),
         [
@@ -459,34 +456,28 @@ class Generation:
 
 
 def part_generation(given: Any, report: Report, cpus: Sequence[int], native: ModuleType) -> None:
-    found = []
-    configs = [BUCKETS[0], Config(*SCANS[1], rows=BUDGETS[-1])]
-    for config in configs:
-        found.append(_generate(given, config, given.budget_s / len(configs), cpus, native))
-        report.add("generation", found)
-    for g in found:
-        every = max(len(g.bins) // 12, 1)
-        report.print_table(
-            f"Generating {g.tokens} tokens one by one, {g.config}, {len(cpus)} threads, "
-            f"{g.seconds:.0f} s",
-            ("context", "ms per token (median)", "p99", "rows read, all heads"),
-            [
-                (str(b.num_tokens), f"{b.median_ms:.3f}", f"{b.p99_ms:.3f}", f"{b.rows:.0f}")
-                for b in g.bins[::every]
-            ],
-        )
-        verdict = "no faster" if g.time_growth <= g.rows_growth else "FASTER"
-        print(
-            f"\nfrom the first to the last {BIN_TOKENS} tokens, time per token grew "
-            f"{g.time_growth:.2f}-fold and rows read {g.rows_growth:.2f}-fold: time grew {verdict} "
-            f"than rows; {g.segments} segments built"
-        )
-    report.plot("bench_index_generation", 11, lambda axes: draw_generation(axes, found), panels=2)
+    g = _generate(given, BUCKETS[0], cpus, native)
+    report.add("generation", g)
+    every = max(len(g.bins) // 12, 1)
+    report.print_table(
+        f"Generating {g.tokens} tokens one by one, {g.config}, {len(cpus)} threads, "
+        f"{g.seconds:.0f} s",
+        ("context", "ms per token (median)", "p99", "rows read, all heads"),
+        [
+            (str(b.num_tokens), f"{b.median_ms:.3f}", f"{b.p99_ms:.3f}", f"{b.rows:.0f}")
+            for b in g.bins[::every]
+        ],
+    )
+    verdict = "no faster" if g.time_growth <= g.rows_growth else "FASTER"
+    print(
+        f"\nfrom the first to the last {BIN_TOKENS} tokens, time per token grew "
+        f"{g.time_growth:.2f}-fold and rows read {g.rows_growth:.2f}-fold: time grew {verdict} "
+        f"than rows; {g.segments} segments built"
+    )
+    report.plot("bench_index_generation", 11, lambda axes: draw_generation(axes, g), panels=2)
 
 
-def _generate(
-    given: Any, config: Config, budget_s: float, cpus: Sequence[int], native: ModuleType
-) -> Generation:
+def _generate(given: Any, config: Config, cpus: Sequence[int], native: ModuleType) -> Generation:
     first, last = given.generate
     rows = generate("mixed", last)
     layer = _layer(config, rows, cpus, native, num_stored=first)
@@ -500,7 +491,7 @@ def _generate(
     began = time.monotonic()
     for token in range(first, last):
         if (token - first) % BIN_TOKENS == 0:
-            if time.monotonic() - began > budget_s:
+            if time.monotonic() - began > given.budget_s:
                 print(f"{config.name}: stopped at {token} tokens by --budget-s", file=sys.stderr)
                 break
             queries = rows.queries(BIN_TOKENS, seed=token).bfloat16()
@@ -532,17 +523,15 @@ def _generate(
         bins,
         bins[-1].median_ms / bins[0].median_ms,
         bins[-1].rows / bins[0].rows,
-        0 if layer.index is None else layer.index.segments_built,
+        layer.index.segments_built,
     )
 
 
-def draw_generation(axes: Any, found: Sequence[Generation]) -> None:
-    for colour, g in enumerate(found):
-        at = [b.num_tokens / 1024 for b in g.bins]
-        style = {"color": f"C{colour}", "label": g.config}
-        axes[0].plot(at, [b.median_ms for b in g.bins], **style)
-        axes[0].plot(at, [b.p99_ms for b in g.bins], color=f"C{colour}", linestyle=":", alpha=0.6)
-        axes[1].plot(at, [b.rows / 1000 for b in g.bins], **style)
+def draw_generation(axes: Any, g: Generation) -> None:
+    at = [b.num_tokens / 1024 for b in g.bins]
+    axes[0].plot(at, [b.median_ms for b in g.bins], color="C0", label=g.config)
+    axes[0].plot(at, [b.p99_ms for b in g.bins], color="C0", linestyle=":", alpha=0.6)
+    axes[1].plot(at, [b.rows / 1000 for b in g.bins], color="C0", label=g.config)
     titles = ("ms per token, median (p99 dotted)", "thousand rows read per token, all heads")
     for axis, title in zip(axes, titles, strict=True):
         axis.set(xlabel="context, thousand tokens (1,024)", title=title)

@@ -24,35 +24,24 @@ BLOCK_SIZE = 128
 MIN_MATCHES = 2
 SINK_TOKENS, WINDOW_TOKENS = 4, 64
 STORE_TOKENS = 8192  # hashed and stored at a time: bounds the projections held
-SCAN_WORD_BITS = 16
 
 
 @dataclass(frozen=True)
 class Config:
-    """K, L: bits and tables; K = 1 is a scan of L sign bits. rows: share of the middle to sample, None
-    for what `MIN_MATCHES` matches give."""
+    """K, L: bits and tables; rows: share of the middle to sample, None for what `MIN_MATCHES` matches
+    give."""
 
     K: int
     L: int
     rows: float | None = None
 
     @property
-    def is_scan(self) -> bool:
-        return self.K == 1
-
-    @property
     def name(self) -> str:
         budget = "" if self.rows is None else f" at {100 * self.rows:g} %"
-        return f"{'scan' if self.is_scan else 'buckets'} ({self.K},{self.L}){budget}"
-
-    @property
-    def num_tables(self) -> int:
-        """uint16 codes of a token in the pages: a scan packs 16 sign bits into one."""
-        return self.L // SCAN_WORD_BITS if self.is_scan else self.L
+        return f"buckets ({self.K},{self.L}){budget}"
 
 
 BUCKETS = [Config(10, 150), Config(9, 120), Config(8, 75)]
-SCANS = [(1, 128), (1, 256)]
 
 
 def options_of(config: Config) -> MagicPigOptions:
@@ -67,10 +56,8 @@ def options_of(config: Config) -> MagicPigOptions:
     )
 
 
-def make_index(pages: _C.Pages, config: Config, level: int | None = None) -> _C.LshIndex | None:
-    """The index as it is served, or with segments of one size; None for a scan."""
-    if config.is_scan:
-        return None
+def make_index(pages: _C.Pages, config: Config, level: int | None = None) -> _C.LshIndex:
+    """The index as it is served, or with segments of one size."""
     levels = list(segment_levels(BLOCK_SIZE)) if level is None else [level]
     return _C.LshIndex(pages, config.K, levels)
 
@@ -140,14 +127,10 @@ class SampledLayer:
         self.head_size = requests[0].keys.shape[2]
         self.num_kv_heads = requests[0].keys.shape[0]
         self.scale = self.head_size**-0.5
-        self.chunk_bytes = _C.Pages.chunk_bytes(
-            "bfloat16", BLOCK_SIZE, self.head_size, config.num_tables
-        )
+        self.chunk_bytes = _C.Pages.chunk_bytes("bfloat16", BLOCK_SIZE, self.head_size, config.L)
         shape = (placement.num_blocks, self.num_kv_heads, self.chunk_bytes)
         self._memory = page_memory(int(np.prod(shape)), native).reshape(shape)
-        self.pages = _C.Pages(
-            self._memory, "bfloat16", BLOCK_SIZE, self.head_size, config.num_tables
-        )
+        self.pages = _C.Pages(self._memory, "bfloat16", BLOCK_SIZE, self.head_size, config.L)
         # One centre for all requests, as in a server.
         self.center = requests[0].center
         projection = self.projection(isa, pool)
@@ -157,7 +140,7 @@ class SampledLayer:
                 stop = min(start + STORE_TOKENS, num_tokens)
                 self.store(number, start, stop, request, projection, pool)
         self.index = make_index(self.pages, config)
-        if self.index is not None and num_stored is None:
+        if num_stored is None:
             self.index.seal(placement.block_tables, placement.seq_lens, pool)
 
     def projection(self, isa: _C.Isa, pool: _C.ThreadPool) -> Projection:
@@ -186,12 +169,10 @@ class SampledLayer:
 
     @property
     def code_bytes(self) -> int:
-        return 2 * self.config.num_tables
+        return 2 * self.config.L
 
     def index_bytes_per_token(self) -> float:
-        """Per token and kv head, of the tokens stored; 0 for a scan."""
-        if self.index is None:
-            return 0.0
+        """Per token and kv head, of the tokens stored."""
         return self.index.num_bytes / (int(self.placement.seq_lens.sum()) * self.num_kv_heads)
 
 
@@ -354,7 +335,6 @@ class ReferenceLayer:
 
     def __init__(self, layer: SampledLayer, native: ModuleType) -> None:
         config = layer.config
-        assert not config.is_scan, "the reference has buckets only"
         self._indexes = []
         for request, length in enumerate(layer.placement.seq_lens.tolist()):
             slots = layer.placement.slots(request, SINK_TOKENS, length - WINDOW_TOKENS)

@@ -39,7 +39,7 @@ class GrowingRequest:
         self._step_slots = np.full(capacity, -1, np.int64)
         self._metadata = _C.StreamMetadata(block_tables, self._seq_lens, self._step_slots)
         shape = (1, layer.num_kv_heads, layer.head_size)
-        tables = layer.config.num_tables
+        tables = layer.config.L
         self._query = np.zeros((1, num_q_heads, layer.head_size), np.float32)
         self._key, self._value = np.zeros(shape, np.uint16), np.zeros(shape, np.uint16)
         self._query_codes = np.zeros((1, num_q_heads, tables), np.uint16)
@@ -55,7 +55,7 @@ class GrowingRequest:
             layer.index,
             self._exchange,
             self._callbacks,
-            None if layer.index is None else builder,
+            builder,
             scale=layer.scale,
             exact_below=1,
             isa=isa,

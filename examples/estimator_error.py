@@ -21,7 +21,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from argument_types import positive
 from bench_geometries import GEOMETRIES
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--steps", type=positive, default=4, help="decode steps of each case")
     options.add_argument("--rows", type=_fractions, default=[0.01, 0.02, 0.05], help="budgets")
     options.add_argument("--K", type=int, default=MagicPigOptions.K)
-    options.add_argument("--L", type=int, help="default 150, with K = 1 256")
+    options.add_argument("--L", type=int, default=MagicPigOptions.L)
     options.add_argument("--min-matches", type=int, default=MagicPigOptions.min_matches)
     options.add_argument("--model", help="folder or hub name of a causal language model")
     options.add_argument("--text", type=Path, help="plain text that --model reads")
@@ -159,9 +159,7 @@ def _loaded(given: argparse.Namespace) -> Iterator[Case]:
 
 
 def _options(options: argparse.ArgumentParser, given: argparse.Namespace) -> MagicPigOptions:
-    chosen: dict[str, Any] = {"K": given.K, "min_matches": given.min_matches, "exact_below": 0}
-    if given.L is not None:
-        chosen["L"] = given.L
+    chosen = {"K": given.K, "L": given.L, "min_matches": given.min_matches, "exact_below": 0}
     try:
         return parse_options({"magicpig": chosen})
     except ValueError as error:

@@ -90,8 +90,7 @@ def measure(
 def contenders_of(options: MagicPigOptions, budgets: Sequence[float]) -> list[Contender]:
     """Everything at every budget; native once, where it has a sample of its own."""
     found = [Contender(name, name, rows, options) for name in BASELINES for rows in budgets]
-    if options.K > 1:
-        found.append(Contender("native", "magicpig", 0.0, options))
+    found.append(Contender("native", "magicpig", 0.0, options))
     found += [Contender("B", "magicpig", rows, options) for rows in budgets]
     for bits in (1, 2):
         label = f"signatures, {bits} bit{'s' if bits > 1 else ''}"
@@ -104,8 +103,7 @@ def centring_contenders(options: MagicPigOptions, budgets: Sequence[float]) -> l
     found = []
     for center, words in (("passage", "centred"), ("none", "not centred")):
         changed = replace(options, center=center)
-        if options.K > 1:
-            found.append(Contender(f"native, {words}", "magicpig", 0.0, changed))
+        found.append(Contender(f"native, {words}", "magicpig", 0.0, changed))
         found += [Contender(f"B, {words}", "magicpig", rows, changed) for rows in budgets]
     return found
 

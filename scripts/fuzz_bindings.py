@@ -71,14 +71,10 @@ class Case:
         self.num_blocks = choose([1, 4, 9])
         self.num_kv_heads = choose([1, 2, 3])
         self.num_q_heads = self.num_kv_heads * choose([1, 2, 3, 5])
-        self.num_bits = choose([1, 3, 8, 15])
-        signature = self.num_bits == 1
-        self.num_tables = choose([16, 128, 240, 256] if signature else [1, 2, 8, 8, 8, 33, 255])
-        self.code_words = self.num_tables // 16 if signature else self.num_tables
-        self.word_bits = 16 if signature else self.num_bits
+        self.num_bits = choose([2, 3, 8, 15])
+        self.num_tables = choose([1, 2, 8, 8, 8, 33, 255])
         self.min_matches = choose([1, 1, 2, self.num_tables // 2, self.num_tables])
-        lowest = 2 if self.num_tables == 256 else 1
-        self.min_matches = max(lowest, min(self.min_matches, self.num_tables))
+        self.min_matches = max(1, min(self.min_matches, self.num_tables))
         self.levels = [self.block_size * n for n in choose([[1], [1], [2], [1, 2], [1, 3, 9]])]
         self.hash_size = choose([128, 256])
         self.num_reqs = choose([0, 1, 2, 5])
@@ -123,7 +119,7 @@ def rows(case: Case, *shape: int) -> np.ndarray:
 
 
 def codes(case: Case, *shape: int, bits: int | None = None) -> np.ndarray:
-    limit = 1 << (case.word_bits if bits is None else bits)
+    limit = 1 << (case.num_bits if bits is None else bits)
     generator = np.random.default_rng(case.rng.getrandbits(32))
     if case.rng.random() < 0.2:  # one bucket holds everything
         limit = 1
@@ -163,7 +159,7 @@ def seq_lens(case: Case, num_reqs: int) -> np.ndarray:
 def memory(case: Case) -> np.ndarray:
     """Kept among the case's objects, for what overlaps it."""
     chunk = _C.Pages.chunk_bytes(
-        case.row_dtype, case.block_size, case.head_size, case.code_words
+        case.row_dtype, case.block_size, case.head_size, case.num_tables
     ) + case.rng.choice([0, 0, 2, 64])
     shape = (case.num_blocks, case.num_kv_heads, chunk)
     generator = np.random.default_rng(case.rng.getrandbits(32))
@@ -198,9 +194,7 @@ def tokens(case: Case) -> int:
 
 
 def signs(case: Case) -> np.ndarray:
-    blocks = case.code_words
-    if case.num_bits > 1:
-        blocks = -(-case.num_tables // case.hash_size) * case.num_bits
+    blocks = -(-case.num_tables // case.hash_size) * case.num_bits
     generator = np.random.default_rng(case.rng.getrandbits(32))
     return generator.choice(np.array([1, -1], np.int8), (3 + blocks, case.hash_size))
 
@@ -285,7 +279,7 @@ def hasher(case: Case) -> Any:
 def codes_of_a_call(case: Case) -> Any:
     """Where the layer has its centre, but no hasher."""
     wanted = case.objects.get("centred") and not case.hashes
-    return codes(case, case.num_reqs, case.num_q_heads, case.code_words) if wanted else None
+    return codes(case, case.num_reqs, case.num_q_heads, case.num_tables) if wanted else None
 
 
 def dim(name: str) -> Callable[[Case], Any]:
@@ -298,9 +292,7 @@ ARGUMENTS: dict[str, Callable[[Case], Any]] = {
     ),
     "pages": made("Pages"),
     "index": lambda case: (
-        made("LshIndex")(case)
-        if case.sampled and case.num_bits > 1 and case.rng.random() < 0.8
-        else None
+        made("LshIndex")(case) if case.sampled and case.rng.random() < 0.8 else None
     ),
     "SegmentBuilder.ask.index": made("LshIndex"),
     "rule": only_sampled(made("SampleRule")),
@@ -325,9 +317,7 @@ ARGUMENTS: dict[str, Callable[[Case], Any]] = {
     "exchange": made("DecodeExchange"),
     "callbacks": made("HostCallbacks"),
     "builder": lambda case: (
-        made("SegmentBuilder")(case)
-        if case.sampled and case.num_bits > 1 and case.rng.random() < 0.6
-        else None
+        made("SegmentBuilder")(case) if case.sampled and case.rng.random() < 0.6 else None
     ),
     "metadata": made("StreamMetadata"),
     "step": made("StreamStep"),
@@ -345,7 +335,6 @@ ARGUMENTS: dict[str, Callable[[Case], Any]] = {
     "num_tables": dim("num_tables"),
     "num_bits": dim("num_bits"),
     "min_matches": dim("min_matches"),
-    "code_words": dim("code_words"),
     "levels": dim("levels"),
     "sink_tokens": tokens,
     "window_tokens": tokens,
@@ -354,7 +343,7 @@ ARGUMENTS: dict[str, Callable[[Case], Any]] = {
     "memory": memory,
     "key": sized(rows, "num_tokens", "num_kv_heads", "head_size"),
     "value": sized(rows, "num_tokens", "num_kv_heads", "head_size"),
-    "codes": sized(codes, "num_tokens", "num_kv_heads", "code_words"),
+    "codes": sized(codes, "num_tokens", "num_kv_heads", "num_tables"),
     "slots": sized(slots, "num_tokens"),
     "Pages.load_codes.slots": lambda case: slots(case, case.num_tokens, low=0),
     "block": lambda case: case.rng.randrange(case.num_blocks),
@@ -369,7 +358,7 @@ ARGUMENTS: dict[str, Callable[[Case], Any]] = {
     "hasher": hasher,
     "query": in_either_dtype("num_rows", "num_q_heads", "head_size"),
     "query_codes": codes_of_a_call,
-    "sample.query_codes": sized(codes, *QUERY, "code_words"),
+    "sample.query_codes": sized(codes, *QUERY, "num_tables"),
     "center": sized(floats, "num_kv_heads", "head_size"),
     "out": in_either_dtype("num_rows", "num_q_heads", "head_size"),
     "rows": lambda case: sized(counts, *QUERY)(case) if case.rng.random() < 0.8 else None,
@@ -377,8 +366,8 @@ ARGUMENTS: dict[str, Callable[[Case], Any]] = {
     "DecodeExchange.query": sized(floats, *DECODES, "head_size"),
     "DecodeExchange.key": sized(rows, *DECODED, "head_size"),
     "DecodeExchange.value": sized(rows, *DECODED, "head_size"),
-    "DecodeExchange.query_codes": only_sampled(sized(codes, *DECODES, "code_words")),
-    "DecodeExchange.key_codes": only_sampled(sized(codes, *DECODED, "code_words")),
+    "DecodeExchange.query_codes": only_sampled(sized(codes, *DECODES, "num_tables")),
+    "DecodeExchange.key_codes": only_sampled(sized(codes, *DECODED, "num_tables")),
     "DecodeExchange.out": sized(floats, *DECODES, "head_size"),
     "StreamMetadata.block_tables": sometimes_garbage(sized(block_tables, "num_reqs")),
     "StreamMetadata.seq_lens": sometimes_garbage(sized(seq_lens, "num_reqs")),

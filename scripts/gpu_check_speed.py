@@ -137,7 +137,7 @@ def host_bytes_per_block(config: Mapping[str, Any], options: MagicPigOptions) ->
 def sampled_shape(config: Mapping[str, Any], options: MagicPigOptions) -> tuple[int, int, int, int]:
     """Sampled layers, their kv heads, K and the tables of their pages."""
     sparse = sum(not options.is_dense(layer) for layer in range(config["num_hidden_layers"]))
-    return sparse, config["num_key_value_heads"], options.K, options.indexed_tables
+    return sparse, config["num_key_value_heads"], options.K, options.num_tables
 
 
 def host_gib(config: Mapping[str, Any], options: MagicPigOptions, sizes: SpeedScale) -> float:

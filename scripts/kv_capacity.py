@@ -205,11 +205,9 @@ def capacity_row(
         capacity.default_host_bytes(host_gib * GIB, ranks),
         capacity.device_kv_bytes(card_gib * GIB, model.weight_bytes),
         capacity.host_block_bytes(
-            sparse, heads, head_size, itemsize, options.code_words, block_size
+            sparse, heads, head_size, itemsize, options.num_tables, block_size
         ),
-        capacity.index_bytes_per_block(
-            sparse, heads, options.K, options.indexed_tables, block_size
-        ),
+        capacity.index_bytes_per_block(sparse, heads, options.K, options.num_tables, block_size),
         block_bytes(model, options, block_size),
         index_spare_bytes=spare_bytes(model, options, block_size),
     )
@@ -236,7 +234,7 @@ def spare_bytes(model: ModelShape, options: MagicPigOptions, block_size: int) ->
         num_sparse_layers(model, options),
         model.num_kv_heads,
         options.K,
-        options.code_words,
+        options.num_tables,
         block_size,
         MAX_MODEL_LEN,
     )
@@ -251,11 +249,11 @@ def heading(
         model.num_kv_heads,
         model.head_size,
         model.itemsize,
-        options.code_words,
+        options.num_tables,
         block_size,
     )
     index = capacity.index_bytes_per_block(
-        sparse, model.num_kv_heads, options.K, options.indexed_tables, block_size
+        sparse, model.num_kv_heads, options.K, options.num_tables, block_size
     )
     spare = spare_bytes(model, options, block_size)
     per_rank = "" if ranks == 1 else f", each of {ranks} ranks"

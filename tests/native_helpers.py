@@ -70,11 +70,8 @@ def inclusion_table(num_bits: int, num_tables: int, native: ModuleType = _C) -> 
     return native.InclusionTable(num_bits, num_tables)
 
 
-def native_codes(codes: torch.Tensor, num_bits: int) -> npt.NDArray[np.uint16]:
-    """Integer [..., L] as pages and kernels hold them: with K = 1, 16 tables to a word."""
-    if num_bits == 1:
-        bits = codes.unflatten(-1, (-1, 16))
-        codes = (bits << torch.arange(16)).sum(-1)
+def native_codes(codes: torch.Tensor) -> npt.NDArray[np.uint16]:
+    """Integer [..., L] as pages and kernels hold them."""
     return codes.contiguous().numpy().astype(np.uint16)
 
 
@@ -97,21 +94,18 @@ class Layer:
     native: ModuleType = _C
     memory: npt.NDArray[np.uint8] = field(init=False)
     pages: _C.Pages = field(init=False)
-    index: _C.LshIndex | None = field(init=False)
+    index: _C.LshIndex = field(init=False)
 
     def __post_init__(self) -> None:
         name = str(self.dtype).removeprefix("torch.")
-        words = self.num_tables // 16 if self.num_bits == 1 else self.num_tables
-        size = self.native.Pages.chunk_bytes(name, self.block_size, self.head_size, words)
+        size = self.native.Pages.chunk_bytes(name, self.block_size, self.head_size, self.num_tables)
         # Poison: what was never written must never show. And 2 bytes more than needed, so that no
         # chunk but the first is aligned.
         self.memory = np.full((self.num_blocks, self.num_kv_heads, size + 2), 0xA5, np.uint8)
-        self.pages = self.native.Pages(self.memory, name, self.block_size, self.head_size, words)
-        self.index = None  # K = 1 has no buckets
-        if self.num_bits > 1:
-            self.index = self.native.LshIndex(
-                self.pages, self.num_bits, self.levels, self.max_bytes
-            )
+        self.pages = self.native.Pages(
+            self.memory, name, self.block_size, self.head_size, self.num_tables
+        )
+        self.index = self.native.LshIndex(self.pages, self.num_bits, self.levels, self.max_bytes)
 
     def rule(self, rule: Rule) -> _C.SampleRule:
         return rule.native(self.num_bits, self.num_tables, self.native)
@@ -127,7 +121,7 @@ class Layer:
     def store_codes(self, blocks: npt.ArrayLike, start: int, codes: torch.Tensor) -> None:
         """codes: integer [num_kv_heads, num_tokens, L]."""
         slots = self.slots(blocks, start, start + codes.shape[1])
-        native = native_codes(codes.transpose(0, 1), self.num_bits)
+        native = native_codes(codes.transpose(0, 1))
         self.pages.store_codes(native, slots, self.pool())
 
     def store_rows(
@@ -146,14 +140,14 @@ class Layer:
         rule: Rule,
         isa: _C.Isa,
         num_threads: int = 2,
-        scan: bool = False,
+        by_code: bool = False,
     ) -> list[list[npt.NDArray[np.int32]]]:
-        """query_codes: integer [num_reqs, num_q_heads, L]; scan: without the index."""
+        """query_codes: integer [num_reqs, num_q_heads, L]; by_code: without the index."""
         samples = self.native.sample(
             self.pages,
             self.rule(rule),
-            None if scan else self.index,
-            native_codes(query_codes, self.num_bits),
+            None if by_code else self.index,
+            native_codes(query_codes),
             np.asarray(block_tables, np.int32),
             np.asarray(seq_lens, np.int32),
             isa=isa,

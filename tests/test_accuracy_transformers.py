@@ -175,7 +175,7 @@ def test_captured_rows_are_sampled_as_by_the_native_kernel(model: Any) -> None:
         _, gathered = method.attend(layer.queries[0], layer.keys, layer.values)
         pages = Layer(19, 2, num_tables=30, num_bits=4, levels=[256], head_size=32)
         pages.store_codes(range(19), 0, method.keys.codes.transpose(1, 2).int())
-        query_codes = native_codes(method.keys.hash_queries(layer.queries[0]).int(), 4)
+        query_codes = native_codes(method.keys.hash_queries(layer.queries[0]).int())
         (heads,) = _C.sample(
             pages.pages,
             pages.rule(Rule(2, 2, 16, rows)),

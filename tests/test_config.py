@@ -38,7 +38,7 @@ def test_dense_layers_are_a_set_of_indices() -> None:
 def test_exact_mode_samples_nothing_and_stores_no_codes() -> None:
     options = parse(K=0)
     assert options.is_exact
-    assert options.code_words == 0
+    assert options.num_tables == 0
     assert not options.samples(1 << 20)
 
 
@@ -53,6 +53,7 @@ def test_a_middle_is_sampled_from_exact_below_on() -> None:
     ("name", "value"),
     [
         ("K", -1),
+        ("K", 1),
         ("K", 16),
         ("K", 10.0),
         ("K", True),
@@ -69,6 +70,8 @@ def test_a_middle_is_sampled_from_exact_below_on() -> None:
         ("threads", 0),
         ("threads", "all"),
         ("seed", -1),
+        ("index", "auto"),
+        ("index", "scan"),
         ("center", "second_prompt"),
         ("center", "first_prompt"),
         ("center", 3),

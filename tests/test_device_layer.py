@@ -58,7 +58,7 @@ class Model:
         shape = LayerShape(HEADS, KV_HEADS, HEAD_SIZE, dtype)
         self.buffers = DeviceBuffers(device, options, {shape}, max_reqs=MAX_REQS, max_tokens=4096)
         self.buffers.make_step_buffers(NUM_BLOCKS)
-        token_bytes = content_bytes(HEAD_SIZE, dtype.itemsize, options.code_words)
+        token_bytes = content_bytes(HEAD_SIZE, dtype.itemsize, options.num_tables)
         layer_bytes = NUM_BLOCKS * KV_HEADS * BLOCK_SIZE * token_bytes
         self.pool = HostPool(device, [layer_bytes] * num_layers, [0], lambda done, total: None)
         for i in range(num_layers):

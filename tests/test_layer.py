@@ -26,12 +26,12 @@ class Layer:
 
     def __init__(self, dtype: torch.dtype = torch.float32, is_fixed: bool = True) -> None:
         torch.manual_seed(0)
-        width = content_bytes(HEAD_SIZE, dtype.itemsize, OPTIONS.code_words) // dtype.itemsize
+        width = content_bytes(HEAD_SIZE, dtype.itemsize, OPTIONS.num_tables) // dtype.itemsize
         # Rows that no request has stored are no numbers, as those of an overflow would be.
         kv_cache = torch.full((NUM_BLOCKS, KV_HEADS, BLOCK_SIZE, width), torch.nan, dtype=dtype)
         self.dtype = dtype
         self.isa, self.pool = _C.resolve_isa("auto"), _C.ThreadPool([0, 0])
-        self.pages = HostPages(kv_cache, HEAD_SIZE, OPTIONS.code_words)
+        self.pages = HostPages(kv_cache, HEAD_SIZE, OPTIONS.num_tables)
         self.center = KeyCenter("passage", 3, 0, KV_HEADS)
         if is_fixed:
             self.fix_center()

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SAMPLE_ALL = MagicPigOptions(dense_layers=())
-SAMPLED_BACKEND = backend_with_codes(SAMPLE_ALL.code_words)
+SAMPLED_BACKEND = backend_with_codes(SAMPLE_ALL.num_tables)
 
 
 @pytest.fixture(scope="module")

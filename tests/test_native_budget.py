@@ -1,4 +1,4 @@
-"""Scans and row budgets: the sample is the reference's, whatever way matches are counted.
+"""Row budgets: the sample is the reference's, whatever way matches are counted.
 
 A budget takes the best matches of the sample, and of the last ones an even share.
 """
@@ -62,10 +62,7 @@ class World:
         return np.array([self.blocks], np.int32)
 
     def seal(self) -> None:
-        if self.layer.index is not None:
-            self.layer.index.seal(
-                self.tables, np.array([self.num_tokens], np.int32), self.layer.pool()
-            )
+        self.layer.index.seal(self.tables, np.array([self.num_tokens], np.int32), self.layer.pool())
 
     def expected(self, rule: Rule) -> tuple[torch.Tensor, list[tuple[int, float]]]:
         """bool [num_q_heads, num_tokens] and thresholds."""
@@ -79,24 +76,24 @@ class World:
         )
         middle = reference.middle(self.num_tokens, rule.sink_tokens, rule.window_tokens)
         limit = reference.row_limit(len(middle), rule.row_budget)
-        words = native_codes(self.query_codes[0], self.layer.num_bits).tolist()
+        codes = self.query_codes[0].tolist()
         thresholds = [(rule.min_matches, 1.0)] * len(mask)
         for head, sampled in enumerate(mask):
             if limit is None or sampled.sum() <= limit:
                 continue
-            phase = reference.tie_phase(rule.seed, self.num_tokens, head, words[head])
+            phase = reference.tie_phase(rule.seed, self.num_tokens, head, codes[head])
             mask[head], *threshold = reference.pick_best(counts[head], sampled, limit, phase)
             thresholds[head] = tuple(threshold)
         return mask, thresholds
 
     def check_sample(self, rule: Rule, isa: _C.Isa, num_threads: int = 2) -> None:
         mask, thresholds = self.expected(rule)
-        for index in {self.layer.index, None}:
+        for index in (self.layer.index, None):
             (heads,) = self.layer.native.sample(
                 self.layer.pages,
                 self.layer.rule(rule),
                 index,
-                native_codes(self.query_codes, self.layer.num_bits),
+                native_codes(self.query_codes),
                 self.tables,
                 np.array([self.num_tokens], np.int32),
                 isa=isa,
@@ -118,7 +115,7 @@ class World:
             self.layer.rule(rule),
             self.layer.index,
             self.query.numpy(),
-            native_codes(self.query_codes, self.layer.num_bits),
+            native_codes(self.query_codes),
             center.numpy(),
             self.tables,
             np.array([self.num_tokens], np.int32),
@@ -150,24 +147,11 @@ class World:
 
 
 LENGTHS = [1, 15, 17, 31, 32, 33, 127, 128, 129, 223, 4095, 4097, 5000]
-SIGNATURES = [(1, 16), (1, 128), (1, 240), (1, 256)]
-
-
-@each_isa
-@pytest.mark.parametrize("num_tokens", LENGTHS)
-@pytest.mark.parametrize("setting", SIGNATURES, ids=str)
-def test_signatures_are_counted_exactly(
-    isa: _C.Isa, setting: tuple[int, int], num_tokens: int
-) -> None:
-    world = World(setting, num_tokens, group=3, seed=num_tokens)
-    tables = setting[1]
-    for min_matches in (2, tables // 2, tables * 5 // 8, tables):
-        world.check_sample(Rule(min_matches), isa)
 
 
 @each_isa
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8])
-@pytest.mark.parametrize("setting", [(1, 256), (4, 30)], ids=str)
+@pytest.mark.parametrize("setting", [(2, 255), (4, 30)], ids=str)
 def test_groups(isa: _C.Isa, setting: tuple[int, int], group: int) -> None:
     world = World(setting, 1000, group=group, seed=group)
     world.seal()
@@ -177,7 +161,7 @@ def test_groups(isa: _C.Isa, setting: tuple[int, int], group: int) -> None:
 
 @each_isa
 @pytest.mark.parametrize("num_tokens", LENGTHS)
-@pytest.mark.parametrize("setting", [(1, 128), (1, 256), (4, 30), (10, 150)], ids=str)
+@pytest.mark.parametrize("setting", [(2, 255), (4, 30), (10, 150)], ids=str)
 def test_a_budget_takes_the_best(isa: _C.Isa, setting: tuple[int, int], num_tokens: int) -> None:
     world = World(setting, num_tokens, seed=num_tokens)
     for budget in (1e-9, 0.005, 0.013, 0.1, 0.9, 1.0):
@@ -188,7 +172,7 @@ def test_a_budget_takes_the_best(isa: _C.Isa, setting: tuple[int, int], num_toke
 
 
 @each_isa
-@pytest.mark.parametrize("setting", [(1, 128), (1, 256), (4, 30), (10, 150)], ids=str)
+@pytest.mark.parametrize("setting", [(2, 255), (4, 30), (10, 150)], ids=str)
 def test_rows_within_a_budget_are_weighted_by_their_marginal_probability(
     isa: _C.Isa, setting: tuple[int, int]
 ) -> None:
@@ -201,7 +185,7 @@ def test_rows_within_a_budget_are_weighted_by_their_marginal_probability(
 @each_isa
 def test_no_head_takes_more_than_its_budget(isa: _C.Isa) -> None:
     """Not even where all tokens match equally well; and each is as likely to be taken."""
-    world = World((1, 128), 3000)
+    world = World((2, 128), 3000)
     world.codes[:] = world.codes[:, :1]
     world.layer.store_codes(world.blocks, 0, world.codes)
     taken = np.zeros(3000, int)
@@ -214,26 +198,12 @@ def test_no_head_takes_more_than_its_budget(isa: _C.Isa) -> None:
 
 
 @each_isa
-def test_a_wrong_guess_is_made_good(isa: _C.Isa) -> None:
-    """Only tiles that the guess looks at match well: what it finds there is too few."""
-    world = World((1, 128), 32 * 256 + 48)
-    world.codes[:] = 1 - world.query_codes[0, 0]
-    world.codes[:, ::5, :70] = world.query_codes[0, 0, :70]
-    for tile in range(0, 256, 4):
-        token = 4 + 28 + 32 * tile  # the first whole tile of the middle, and every fourth
-        world.codes[:, token : token + 32] = world.query_codes[0, 0]
-    world.layer.store_codes(world.blocks, 0, world.codes)
-    for budget in (0.2, 0.3, 0.5):
-        world.check_sample(Rule(2, row_budget=budget), isa)
-
-
-@each_isa
 def test_the_choice_is_the_requests_own(isa: _C.Isa) -> None:
     """Neither its row in the batch nor its neighbours nor the number of threads change it."""
-    world = World((1, 128), 3000)
+    world = World((2, 128), 3000)
     rule = Rule(2, row_budget=0.01, seed=3)
-    native = rule.native(1, 128)
-    codes = native_codes(world.query_codes, 1)
+    native = rule.native(2, 128)
+    codes = native_codes(world.query_codes)
     lens = np.array([3000, 2000, 3000], np.int32)
     for num_threads in (1, 2, 3):
         arguments = {"isa": isa, "pool": pool(num_threads)}

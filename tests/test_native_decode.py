@@ -79,7 +79,7 @@ class Batch:
             layer.rule(rule) if rule else None,
             layer.index if sampled else None,
             self.query.numpy(),
-            native_codes(self.query_codes, layer.num_bits) if sampled else None,
+            native_codes(self.query_codes) if sampled else None,
             self.center.numpy() if sampled else None,
             self.tables,
             np.array(self.lengths, np.int32),

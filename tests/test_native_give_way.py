@@ -27,7 +27,7 @@ def test_steps_without_a_pause_do_not_stop_building(halves: bool) -> None:
     layer.store_codes([0, 1], 0, codes)
     batch = (np.array([[0, 1]], np.int32), np.array([NUM_TOKENS], np.int32))
     query = torch.randn(1, 2, HEAD_SIZE, generator=generator)
-    query_codes = native_codes(codes[:, :2], 3)
+    query_codes = native_codes(codes[:, :2])
     steps = layer.pool(1)
     assert layer.index is not None
     if halves:

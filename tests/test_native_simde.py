@@ -107,11 +107,11 @@ def test_sample_and_attention(
 
 
 @each_avx512
-@pytest.mark.parametrize("setting", [(1, 128), (1, 256), (4, 30)], ids=str)
-def test_scans_and_budgets(simde: ModuleType, name: str, setting: tuple[int, int]) -> None:
+@pytest.mark.parametrize("setting", [(2, 255), (4, 30)], ids=str)
+def test_budgets(simde: ModuleType, name: str, setting: tuple[int, int]) -> None:
     world = World(setting, 4097, group=7, native=simde)
     isa = simde.resolve_isa(name)
-    for rule in (Rule(2, row_budget=0.013), Rule(setting[1] * 5 // 8)):
+    for rule in (Rule(2, row_budget=0.013), Rule(setting[1] // 2)):
         world.check_sample(rule, isa)
     world.check_decode(Rule(2, row_budget=0.013), isa)
 

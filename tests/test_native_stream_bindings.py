@@ -24,9 +24,9 @@ def read_only(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def make_pages(row_dtype: str = "float32", code_words: int = 4) -> _C.Pages:
-    chunk = _C.Pages.chunk_bytes(row_dtype, 32, 16, code_words)
-    return _C.Pages(zeros(6, 2, chunk, dtype=np.uint8), row_dtype, 32, 16, code_words)
+def make_pages(row_dtype: str = "float32", num_tables: int = 4) -> _C.Pages:
+    chunk = _C.Pages.chunk_bytes(row_dtype, 32, 16, num_tables)
+    return _C.Pages(zeros(6, 2, chunk, dtype=np.uint8), row_dtype, 32, 16, num_tables)
 
 
 PAGES = make_pages()
@@ -99,7 +99,7 @@ def test_the_good_calls_that_the_bad_ones_vary() -> None:
     exchange(**HALVES, **NO_CODES)
     layer().set_center(zeros(2, 16))
     exact_layer(exchange=exchange(**NO_CODES))
-    exact_layer(pages=make_pages(code_words=0), exchange=exchange(**NO_CODES))
+    exact_layer(pages=make_pages(num_tables=0), exchange=exchange(**NO_CODES))
     exact_layer(pages=make_pages("bfloat16"), exchange=exchange(**HALVES))
 
 
@@ -163,7 +163,7 @@ EXCHANGES = [
     ({"query_codes": None}, "Of query_codes and key_codes one is None"),
     ({"key_codes": None}, "Of query_codes and key_codes one is None"),
     ({"query_codes": zeros(3, 4, 4, dtype=np.int32)}, "query_codes is int32"),
-    ({"key_codes": zeros(3, 2, 5, dtype=np.uint16)}, r"key_codes has shape .*words = 4"),
+    ({"key_codes": zeros(3, 2, 5, dtype=np.uint16)}, r"key_codes has shape .*L = 4"),
 ]
 OUT = zeros(3, 4, 16)
 SHARED = [
@@ -190,13 +190,13 @@ LAYERS = [
     ({"rule": None}, "index is given without a rule"),
     ({"index": None, "builder": _C.SegmentBuilder(CPUS[:1])}, "builder is given without an index"),
     ({"index": _C.LshIndex(make_pages(), 3, [32])}, "index belongs to other pages"),
-    ({"rule": Rule().native(3, 5)}, r"\(3, 5\), which take 5 code words"),
+    ({"rule": Rule().native(3, 5)}, "rule is for L = 5, but the pages hold codes of 4 tables"),
     ({"rule": Rule().native(4, 4)}, "rule is for K = 4, but the index for K = 3"),
     ({"exact_below": -1}, "exact_below is -1"),
     ({"scale": float("inf")}, "scale is inf"),
     *(({"isa": getattr(_C.Isa, name)}, f"isa is {name}, ") for name in MISSING_ISAS),
     ({"exchange": exchange(query=zeros(3, 3, 16), out=zeros(3, 3, 16), **NO_CODES)}, "is 3"),
-    ({"exchange": exchange(**NO_CODES)}, "codes of 0 words, but the pages of 4"),
+    ({"exchange": exchange(**NO_CODES)}, "codes of 0 tables, but the pages of 4"),
     ({"exchange": exchange(**HALVES)}, "2-byte elements, but the pages of 4"),
 ]
 EXACT_LAYERS = [

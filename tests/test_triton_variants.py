@@ -33,7 +33,6 @@ LAUNCHES: dict[str, Callable[..., Launch]] = {
 }
 OPTIONS = {
     "buckets": MagicPigOptions(K=6, L=37, exact_below=256),
-    "signatures": MagicPigOptions(K=1, L=256, rows=0.01, exact_below=256),
     "exact": MagicPigOptions(K=0),
 }
 

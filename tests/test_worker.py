@@ -120,7 +120,7 @@ def host_layer(worker: Worker, options: dict[str, Any]) -> MagicPigImpl:
     impl.options, impl.layer_index, impl._segments_reused = parse_options(options), 1, 0
     impl.center = KeyCenter("none", 1, 0, 2)
     impl.center.prepare(16)
-    elements = content_bytes(16, 4, impl.options.code_words) // 4
+    elements = content_bytes(16, 4, impl.options.num_tables) // 4
     kv_cache = torch.zeros(8, 2, 128, elements)
     layer = HostLayer(
         impl.options, 1, kv_cache, 16, 0.25, impl.center, worker._isa, worker._pool,

@@ -60,7 +60,7 @@ def assert_same_signs(
 @pytest.mark.parametrize(
     ("num_bits", "num_tables", "num_tokens", "num_heads", "head_size", "dtype"),
     [
-        (1, 1, 1, 1, 16, torch.float32),
+        (2, 1, 1, 1, 16, torch.float32),
         (4, 7, 15, 3, 64, torch.bfloat16),
         (9, 120, 17, 2, 80, torch.float16),
         (10, 150, 1, 8, 128, torch.bfloat16),
@@ -72,7 +72,7 @@ def assert_same_signs(
         (4, 7, 127, 3, 64, torch.float16),
         (9, 33, 129, 2, 256, torch.float32),
         (15, 31, 127, 5, 16, torch.float32),
-        (1, 255, 129, 3, 80, torch.bfloat16),
+        (2, 255, 129, 3, 80, torch.bfloat16),
     ],
 )
 @pytest.mark.parametrize("centred", [False, True])

@@ -46,7 +46,7 @@ def _tiling(num_rows: int, head_size: int, itemsize: int) -> _Tiling:
     """The vectors' pieces stay in registers, R streams through num_stages buffers.
 
     The largest tiles with no spills and, on sm_80, at most 99 KB of shared memory (what sm_86,
-    sm_89 and sm_120 have), for K <= 16 and L <= 255: scripts/triton_resources.py.
+    sm_89 and sm_120 have), for K <= 15 and L <= 255: scripts/triton_resources.py.
     """
     if num_rows <= _SMALL_BATCH_ROWS:
         return _Tiling(rows=16, tables=32, num_warps=4, num_stages=3)
@@ -60,16 +60,15 @@ def pack_directions(directions: torch.Tensor, num_bits: int) -> torch.Tensor:
     """Bit planes of the hyperplanes, split for the kernel: fp16 [2, K, head_size, L padded].
 
     directions: float32 [head_size, L * K], where column l * K + k is bit k of table l
-    (reference.hyperplanes); a word of 16 tables of one bit each is one table of 16 bits here. Plane k
-    holds bit k of every table; planes[0] + planes[1] is the direction times a power of two, to 22
-    bits. L is padded with zeros to a multiple of 32.
+    (reference.hyperplanes). Plane k holds bit k of every table; planes[0] + planes[1] is the
+    direction times a power of two, to 22 bits. L is padded with zeros to a multiple of 32.
     """
     head_size, num_columns = directions.shape
-    if directions.dtype != torch.float32 or not 1 <= num_bits <= 16 or num_columns % num_bits:
+    if directions.dtype != torch.float32 or not 2 <= num_bits <= 15 or num_columns % num_bits:
         raise ValueError(
             f"directions are {directions.dtype} of shape {tuple(directions.shape)} with "
-            f"{num_bits} bits per table, but must be float32 [head_size, L * K] with K from 1 to "
-            "16; pass what reference.hyperplanes returns."
+            f"{num_bits} bits per table, but must be float32 [head_size, L * K] with K from 2 to "
+            "15; pass what reference.hyperplanes returns."
         )
     num_tables = num_columns // num_bits
     _, exponent = torch.frexp(directions.abs().max())
@@ -272,10 +271,10 @@ def _check(
     num_tokens, num_heads, head_size = vectors.shape
     if not 1 <= num_tables <= 255:
         raise ValueError(f"num_tables is {num_tables}, but must be 1 to 255; correct L.")
-    if planes.dim() != 4 or not 1 <= planes.shape[1] <= 16:
+    if planes.dim() != 4 or not 2 <= planes.shape[1] <= 15:
         raise ValueError(
             f"planes have shape {tuple(planes.shape)}, but must be [2, K, head_size, L padded] with "
-            "K from 1 to 16; pass what pack_directions returned."
+            "K from 2 to 15; pass what pack_directions returned."
         )
     expected = (2, planes.shape[1], head_size, _padded(num_tables))
     require("planes", planes, torch.float16, expected)

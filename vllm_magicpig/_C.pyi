@@ -61,10 +61,9 @@ class Pages:
     """The host pages of one sparse layer: rows, codes and write epochs.
 
     memory: uint8 [num_blocks, num_kv_heads, chunk_bytes], C-contiguous, kept alive by this object.
-    A chunk holds rows [block_size][K | V][head_size] and then codes [block_size / 32][code_words][32]
+    A chunk holds rows [block_size][K | V][head_size] and then codes [block_size / 32][num_tables][32]
     uint16. row_dtype: "float32", "bfloat16" or "float16". block_size: a multiple of 32.
-    code_words: L, the table codes; with K = 1 L / 16, where a word holds the bits of 16 tables; 0 for
-    pages without codes.
+    num_tables: L; 0 for pages without codes.
     """
 
     def __init__(
@@ -73,10 +72,10 @@ class Pages:
         row_dtype: str,
         block_size: int,
         head_size: int,
-        code_words: int,
+        num_tables: int,
     ) -> None: ...
     @staticmethod
-    def chunk_bytes(row_dtype: str, block_size: int, head_size: int, code_words: int) -> int:
+    def chunk_bytes(row_dtype: str, block_size: int, head_size: int, num_tables: int) -> int:
         """Smallest chunk that holds such a page of one kv head."""
     def store_rows(
         self, key: Rows, value: Rows, slots: npt.NDArray[np.int64], pool: ThreadPool
@@ -89,9 +88,9 @@ class Pages:
     def store_codes(
         self, codes: npt.NDArray[np.uint16], slots: npt.NDArray[np.int64], pool: ThreadPool
     ) -> None:
-        """codes: uint16 [num_tokens, num_kv_heads, code_words]."""
+        """codes: uint16 [num_tokens, num_kv_heads, num_tables]."""
     def load_codes(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16]:
-        """uint16 [num_tokens, num_kv_heads, code_words]."""
+        """uint16 [num_tokens, num_kv_heads, num_tables]."""
     def note_writes(self, slots: npt.NDArray[np.int64]) -> None:
         """The bookkeeping of `store_rows` for tokens that something else writes to the pages.
 
@@ -114,10 +113,7 @@ class Pages:
 def pack_codes(
     projections: npt.NDArray[np.float32], num_bits: int, isa: Isa, pool: ThreadPool
 ) -> npt.NDArray[np.uint16]:
-    """Sign bits to codes: float32 [n, L * K] -> uint16 [n, L]; bit k of code l is x[l * K + k] > 0.
-
-    With num_bits = 16 the codes are the words of a signature of tables of one bit.
-    """
+    """Sign bits to codes: float32 [n, L * K] -> uint16 [n, L]; bit k of code l is x[l * K + k] > 0."""
 
 def encode_signatures(
     keys: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
@@ -150,14 +146,13 @@ class SimHash:
         pool: ThreadPool,
     ) -> npt.NDArray[np.uint16]:
         """vectors: float32 [n, num_heads, head_size], less center, float32 [num_heads, head_size],
-        where it is given -> uint16 [n, num_heads, code_words]; a bit is set where its projection
+        where it is given -> uint16 [n, num_heads, num_tables]; a bit is set where its projection
         is > 0."""
 
 class InclusionTable:
     """log u over the collision probability, for one (K, L) and every threshold; source: reference.py.
 
-    num_bits: K; num_tables: L, at most 255, or with K = 1 a multiple of 16 up to 256. Takes a tenth of
-    a second and L * 33 KB: share it.
+    num_bits: K; num_tables: L, at most 255. Takes a tenth of a second and L * 33 KB: share it.
     """
 
     def __init__(self, num_bits: int, num_tables: int) -> None: ...
@@ -172,7 +167,7 @@ class SampleRule:
 
     row_budget: at most this fraction of the middle (one row at least), best matches first and of equal
     ones an even choice that depends on (seed, query, position, head) alone; 0 for no limit.
-    min_matches: 1 to L; 2 to L with L = 256, where 0 and 1 matches are not told apart.
+    min_matches: 1 to L.
     """
 
     def __init__(
@@ -340,7 +335,7 @@ class DecodeLayer:
         the other. Written are the batch's tokens of out; lse: float32 [num_reqs, num_q_heads], natural
         logarithm; rows: int32 [num_reqs, num_q_heads], how many the middle's sample has, -1 where exact.
         A request of seq_len 0 gets zeros and -inf. query_codes: uint16 [num_reqs, num_q_heads,
-        code_words], where the layer has a center but no hasher.
+        num_tables], where the layer has a center but no hasher.
         """
     @property
     def counters(self) -> DecodeCounters: ...
@@ -413,8 +408,8 @@ class DecodeExchange:
     """Buffers in host memory through which decodes go; layers in one stream order share them.
 
     query: float32 [max_decodes, num_q_heads, head_size]; key, value: row dtype [max_decodes,
-    num_kv_heads, head_size]; query_codes: uint16 [max_decodes, num_q_heads, code_words]; key_codes:
-    uint16 [max_decodes, num_kv_heads, code_words]; out: float32 like query. The codes may be None in exact mode.
+    num_kv_heads, head_size]; query_codes: uint16 [max_decodes, num_q_heads, num_tables]; key_codes:
+    uint16 [max_decodes, num_kv_heads, num_tables]; out: float32 like query. The codes may be None in exact mode.
     """
 
     def __init__(

@@ -41,7 +41,7 @@ class MagicPigBackend(AttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", "float32"]
 
-    code_words: ClassVar[int] = 0
+    num_tables: ClassVar[int] = 0
 
     @staticmethod
     def get_name() -> str:
@@ -78,19 +78,19 @@ class MagicPigBackend(AttentionBackend):
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         """A larger cell: K, V and the token's codes."""
-        size = content_bytes(spec.head_size, spec.dtype.itemsize, cls.code_words)
+        size = content_bytes(spec.head_size, spec.dtype.itemsize, cls.num_tables)
         return replace(spec, state_content_bytes=size)
 
 
 @cache
-def backend_with_codes(code_words: int) -> type[MagicPigBackend]:
-    """The backend of sampled layers whose pages hold codes of this many words.
+def backend_with_codes(num_tables: int) -> type[MagicPigBackend]:
+    """The backend of sampled layers whose pages hold codes of this many tables.
 
     customize_spec is a class method without access to options, hence a class per number; it keeps
     the parent's name, by which vLLM groups layers.
     """
     names = {
-        "code_words": code_words,
+        "num_tables": num_tables,
         "__module__": MagicPigBackend.__module__,
         "__qualname__": MagicPigBackend.__qualname__,
     }
@@ -284,7 +284,7 @@ class MagicPigImpl(AttentionImpl[Any]):
         pages = self.sampled.pages
         tokens = pages.native.num_tokens
         page_bytes = pages.native.num_used_blocks * pages.block_bytes
-        if self.sampled.index is None or self.sampled.index.native is None:
+        if self.sampled.index is None:
             return PageUse(tokens, page_bytes)
         native = self.sampled.index.native
         return PageUse(
@@ -299,10 +299,9 @@ class MagicPigImpl(AttentionImpl[Any]):
     def count_reuse(self, block_ids: list[int], num_cached_tokens: int) -> None:
         """Counts the segments that a new or resumed request finds for its cached prefix."""
         index = None if self.sampled is None else self.sampled.index
-        if index is not None and index.native is not None:
+        if index is not None:
             table = np.array(block_ids, dtype=np.int32)
-            native = index.native
-            self._segments_reused += len(native.find(table, num_cached_tokens))
+            self._segments_reused += len(index.native.find(table, num_cached_tokens))
 
 
 def _first_kv_head(config: VllmConfig, num_kv_heads: int) -> int:

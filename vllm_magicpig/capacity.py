@@ -40,9 +40,9 @@ _MIN_SEGMENT_TOKENS = 1024  # below it, offsets outweigh ids at K = 10
 _LEVEL_FACTOR = 2  # a token is sorted seven times in all as its request grows to 65,536 tokens
 
 
-def content_bytes(head_size: int, itemsize: int, code_words: int) -> int:
+def content_bytes(head_size: int, itemsize: int, num_tables: int) -> int:
     """Bytes of one token and kv head in a host page: K, V and codes, padded to whole elements."""
-    codes = _divide_up(code_words * _CODE_BYTES, itemsize) * itemsize
+    codes = _divide_up(num_tables * _CODE_BYTES, itemsize) * itemsize
     return 2 * head_size * itemsize + codes
 
 
@@ -51,11 +51,11 @@ def host_block_bytes(
     num_kv_heads: int,
     head_size: int,
     itemsize: int,
-    code_words: int,
+    num_tables: int,
     block_size: int,
 ) -> int:
-    """Bytes of one block in the host pools of all sparse layers; code_words 0 = exact attention."""
-    content = content_bytes(head_size, itemsize, code_words)
+    """Bytes of one block in the host pools of all sparse layers; num_tables 0 = exact attention."""
+    content = content_bytes(head_size, itemsize, num_tables)
     return num_sparse_layers * num_kv_heads * block_size * content
 
 
@@ -90,7 +90,7 @@ def index_bytes_per_block(
     """Bytes of LSH index per block once it is sealed, all sparse layers, rounded up.
 
     The worst case, which is segments of the first level: the smaller, the more of it is offsets.
-    num_tables 0 has no index: exact attention, or a scan of the codes.
+    num_tables 0 has no index: exact attention.
 
     This is the use of requests that share no block. A segment belongs to its LAST block, so
     requests whose common prefix ends inside a segment each hold one over the same earlier blocks.

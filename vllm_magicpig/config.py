@@ -11,10 +11,6 @@ from typing import Any
 DENSE_LAYER_STRIDE = 16
 """Default dense layers: 0, 16, 32, ... as in the paper's Llama-3.1-8B set-up (section 5)."""
 
-SIGNATURE_WORD_BITS = 16
-"""With K = 1 a table is a bit, and a token's codes are a signature of L bits in words of so many."""
-
-
 COMPILE_KEY = "magicpig_compile_key"
 """Of additional_config, beside the user's "magicpig": what compile_key.py puts there."""
 
@@ -27,20 +23,19 @@ class MagicPigOptions:
 
     K: bits per table, 0 = exact attention; L: tables; min_matches: tables in which a sampled token
     must match; rows: at most this fraction of the middle is sampled, best matches first, None = all
-    that match (the paper's sample); index: "buckets", "scan" or "auto"; dense_layers: absolute layer
-    indices that keep the platform's own backend, None =
-    every 16th; sink_tokens, window_tokens: always attended; exact_below: a shorter middle is
-    attended exactly (tokens); threads: of the decode kernel, None = the physical cores that this
-    process may use; seed: of the hyperplanes; center: "passage", "none" or the path of a
-    calibration file; isa: instruction set of the kernels; host_kv_cache_gib: size of the pinned
-    host pool (CUDA only); check_host_memory: refuse one that exceeds the free RAM.
+    that match (the paper's sample); index: "buckets"; dense_layers: absolute layer indices that keep
+    the platform's own backend, None = every 16th; sink_tokens, window_tokens: always attended;
+    exact_below: a shorter middle is attended exactly (tokens); threads: of the decode kernel, None =
+    the physical cores that this process may use; seed: of the hyperplanes; center: "passage", "none"
+    or the path of a calibration file; isa: instruction set of the kernels; host_kv_cache_gib: size of
+    the pinned host pool (CUDA only); check_host_memory: refuse one that exceeds the free RAM.
     """
 
     K: int = 10
     L: int = 150
     min_matches: int = 2
     rows: float | None = None
-    index: str = "auto"
+    index: str = "buckets"
     dense_layers: tuple[int, ...] | None = None
     sink_tokens: int = 4
     window_tokens: int = 64
@@ -58,26 +53,14 @@ class MagicPigOptions:
         return self.K == 0
 
     @property
-    def code_words(self) -> int:
-        """uint16 words that a page holds of a token's codes: tables, or 16 tables of one bit each."""
-        if self.is_exact:
-            return 0
-        return self.L // SIGNATURE_WORD_BITS if self.K == 1 else self.L
-
-    @property
-    def indexed_tables(self) -> int:
-        """Tables that have buckets, 0 without an index."""
+    def num_tables(self) -> int:
+        """Tables whose codes the pages hold and whose buckets are built, 0 in exact mode."""
         return self.L if self.has_buckets else 0
 
     @property
-    def word_bits(self) -> int:
-        """Bits of such a word, in the order of the projections."""
-        return SIGNATURE_WORD_BITS if self.K == 1 else self.K
-
-    @property
     def has_buckets(self) -> bool:
-        """Whether matches are looked up in bucket segments; else all codes are compared."""
-        return not self.is_exact and self.index != "scan" and self.K > 1
+        """Whether matches are looked up in bucket segments."""
+        return not self.is_exact
 
     @property
     def center_file(self) -> str | None:
@@ -96,17 +79,15 @@ class MagicPigOptions:
 
 
 _INT_RANGES = {
-    "K": (0, 15, "0 for exact attention or 1 to 15 bits per table"),
-    "L": (1, 256, "1 to 255 tables, or with K = 1 a multiple of 16 up to 256"),
+    "K": (0, 15, "0 for exact attention or 2 to 15 bits per table"),
+    "L": (1, 255, "1 to 255 tables"),
     "min_matches": (1, 255, "1 to L tables"),
     "sink_tokens": (0, 1 << 20, "0 to 1048576 tokens"),
     "window_tokens": (1, 1 << 20, "1 to 1048576 tokens"),
     "exact_below": (0, 1 << 30, "0 to 1073741824 tokens"),
     "seed": (0, (1 << 63) - 1, "0 to 2**63 - 1"),
 }
-_MOST_BUCKETED_TABLES = 255  # matches are counted in bytes
-_INDEXES = ("auto", "buckets", "scan")
-_SCAN_DEFAULTS = {"K": 1, "L": 256, "rows": 0.01}
+_INDEXES = ("buckets",)
 _ISAS = ("auto", "avx512_vpopcnt", "avx512", "avx2", "portable")
 
 
@@ -134,9 +115,7 @@ def parse_options(additional_config: Any) -> MagicPigOptions:
             raise ValueError(
                 f"magicpig option {name!r} is unknown; allowed are {', '.join(known)}; {hint}"
             )
-    checked = {name: _checked(name, value) for name, value in given.items()}
-    scans = checked.get("K", 1 if checked.get("index") == "scan" else None) == 1
-    options = MagicPigOptions(**{**(_SCAN_DEFAULTS if scans else {}), **checked})
+    options = MagicPigOptions(**{name: _checked(name, value) for name, value in given.items()})
     _check_together(options)
     return options
 
@@ -166,30 +145,17 @@ def _check_together(options: MagicPigOptions) -> None:
             False,
             "true where host_kv_cache_gib is null, which is a share of the free RAM",
         )
-    if options.K == 1:
-        if options.L % SIGNATURE_WORD_BITS != 0:
-            raise _wrong("L", options.L, "a multiple of 16 up to 256, since K is 1")
-        if options.index == "buckets":
-            raise _wrong("index", options.index, '"scan" or "auto", since K is 1')
-        # Half of all tokens match in half of the tables.
-        if options.rows is None and options.min_matches <= options.L // 2:
-            raise _wrong(
-                "rows",
-                None,
-                "a fraction such as 0.01, since K is 1 and every token matches in "
-                f"min_matches = {options.min_matches} of {options.L} tables",
-            )
-    elif options.L > _MOST_BUCKETED_TABLES:
-        raise _wrong("L", options.L, "1 to 255 tables, since K is not 1")
-    lowest = 2 if options.L > _MOST_BUCKETED_TABLES else 1
-    if not lowest <= options.min_matches <= options.L:
-        raise _wrong("min_matches", options.min_matches, f"{lowest} to L = {options.L} tables")
+    if options.min_matches > options.L:
+        raise _wrong("min_matches", options.min_matches, f"1 to L = {options.L} tables")
 
 
 def _checked(name: str, value: Any) -> Any:
     if name in _INT_RANGES:
         low, high, allowed = _INT_RANGES[name]
-        return _integer(name, value, low, high, allowed)
+        checked = _integer(name, value, low, high, allowed)
+        if name == "K" and checked == 1:
+            raise _wrong(name, value, allowed)
+        return checked
     if name == "threads":
         allowed = "1 to the number of physical cores, or null"
         return None if value is None else _integer(name, value, 1, 1 << 16, allowed)

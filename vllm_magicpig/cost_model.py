@@ -476,16 +476,16 @@ def held_requests(
         capacity.default_host_bytes(int(host.memory_gib * capacity.GIB), local_ranks=1),
         device,
         capacity.host_block_bytes(
-            num_sparse, heads, head_size, itemsize, options.code_words, block_size
+            num_sparse, heads, head_size, itemsize, options.num_tables, block_size
         ),
         capacity.index_bytes_per_block(
-            num_sparse, heads, options.K, options.indexed_tables, block_size
+            num_sparse, heads, options.K, options.num_tables, block_size
         ),
         capacity.device_block_bytes(
             model.num_layers - num_sparse, num_sparse, heads, head_size, itemsize, block_size
         ),
         index_spare_bytes=capacity.index_spare_bytes(
-            num_sparse, heads, options.K, options.indexed_tables, block_size, context
+            num_sparse, heads, options.K, options.num_tables, block_size, context
         ),
     )
     dense_block = capacity.dense_block_bytes(

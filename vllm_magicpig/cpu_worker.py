@@ -17,7 +17,7 @@ from vllm_magicpig.worker import MagicPigWorker, logger
 
 class MagicPigCPUWorker(MagicPigWorker, CPUWorker):
     def _sampled_backend(self) -> type[Any]:
-        return backend_with_codes(self._options.code_words)
+        return backend_with_codes(self._options.num_tables)
 
     def _kernel_cpus(self) -> list[int]:
         return kernel_cpus(self._options.threads)

@@ -44,8 +44,8 @@ class DecodeBuffers:
         self.value = device.pinned((*kv_heads, shape.head_size), shape.dtype)
         self.query_codes = self.key_codes = None
         if not options.is_exact:
-            self.query_codes = device.pinned((*heads, options.code_words), torch.uint16)
-            self.key_codes = device.pinned((*kv_heads, options.code_words), torch.uint16)
+            self.query_codes = device.pinned((*heads, options.num_tables), torch.uint16)
+            self.key_codes = device.pinned((*kv_heads, options.num_tables), torch.uint16)
         self.out = device.pinned((*heads, shape.head_size), torch.float32)
         self.out_device = torch.empty_like(self.out, device=device.torch_device)
         self.native = _C.DecodeExchange(
@@ -71,7 +71,7 @@ class PrefillBuffers:
         self.key_codes = (
             None
             if options.is_exact
-            else empty(max_tokens, shape.num_kv_heads, options.code_words, dtype=torch.uint16)
+            else empty(max_tokens, shape.num_kv_heads, options.num_tables, dtype=torch.uint16)
         )
         self.staging_tokens = STAGING_TOKENS
         self.keys = [empty(self.staging_tokens, *kv_row) for _ in range(2)]

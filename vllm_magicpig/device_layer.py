@@ -39,15 +39,15 @@ class DeviceLayer:
         builder: _C.SegmentBuilder | None,
         max_index_bytes: int,
     ) -> None:
-        """memory: this layer's part of the host pool, as for HostPages; center: None in
-        exact mode; builder: None without buckets."""
-        self.pages = HostPages(memory, shape.head_size, options.code_words)
+        """memory: this layer's part of the host pool, as for HostPages; center, builder: None
+        in exact mode."""
+        self.pages = HostPages(memory, shape.head_size, options.num_tables)
         self.index = make_index(
             options, self.pages, layer_index, center, isa, pool, builder, max_index_bytes
         )
         self.device, self.buffers = device, buffers
         self._decode, self._prefill = buffers.decode[shape], buffers.prefill[shape]
-        self._scale, self._code_words = scale, options.code_words
+        self._scale, self._num_tables = scale, options.num_tables
         self._flash = flash_for(device.torch_device, shape.dtype, shape.head_size)
         self._native = _C.StreamLayer(
             self.pages.native,
@@ -65,9 +65,7 @@ class DeviceLayer:
         self._planes: torch.Tensor | None = None
         self._center: torch.Tensor | None = None
         if self.index is not None:
-            planes = device.kernels.pack_directions(
-                self.index.projection.directions, options.word_bits
-            )
+            planes = device.kernels.pack_directions(self.index.projection.directions, options.K)
             self._planes = planes.to(device.torch_device)
             if self.index.center.value is not None:
                 self.take_center()
@@ -137,7 +135,7 @@ class DeviceLayer:
             (key, center, held.key_codes),
         ):
             for n in (1, min(len(codes), len(zeros))):  # tiles are smaller for few rows
-                kernels.simhash(vectors[:n], self._planes, self._code_words, mean, codes[:n])
+                kernels.simhash(vectors[:n], self._planes, self._num_tables, mean, codes[:n])
 
     # ------------------------------------------------------------------------------------ decode
 
@@ -151,8 +149,8 @@ class DeviceLayer:
             assert to.query_codes is not None
             assert to.key_codes is not None
             simhash = self.device.kernels.simhash
-            simhash(q, self._planes, self._code_words, None, to.query_codes[:n])
-            simhash(k, self._planes, self._code_words, self._center, to.key_codes[:n])
+            simhash(q, self._planes, self._num_tables, None, to.query_codes[:n])
+            simhash(k, self._planes, self._num_tables, self._center, to.key_codes[:n])
         to.query[:n].copy_(q.float(), non_blocking=True)
         to.key[:n].copy_(k.contiguous(), non_blocking=True)
         to.value[:n].copy_(v.contiguous(), non_blocking=True)
@@ -174,7 +172,7 @@ class DeviceLayer:
             # From the start, where it is aligned: what lay there is stored already.
             codes = self._prefill.key_codes[: tokens.stop - tokens.start]
             self.device.kernels.simhash(
-                key[tokens], self._planes, self._code_words, self._center, codes
+                key[tokens], self._planes, self._num_tables, self._center, codes
             )
         self.device.kernels.store_pages(
             key[tokens],

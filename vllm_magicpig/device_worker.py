@@ -84,7 +84,7 @@ class DevicePagesWorker(MagicPigWorker):
                     shape.num_kv_heads,
                     shape.head_size,
                     shape.dtype.itemsize,
-                    options.code_words,
+                    options.num_tables,
                     self._block_size,
                 )
                 for shape in shapes
@@ -94,7 +94,7 @@ class DevicePagesWorker(MagicPigWorker):
                     1,
                     shape.num_kv_heads,
                     options.K,
-                    options.indexed_tables,
+                    options.num_tables,
                     self._block_size,
                 )
                 for shape in shapes
@@ -105,7 +105,7 @@ class DevicePagesWorker(MagicPigWorker):
                     1,
                     shape.num_kv_heads,
                     options.K,
-                    options.indexed_tables,
+                    options.num_tables,
                     self._block_size,
                     self.vllm_config.model_config.max_model_len,
                 )
@@ -139,7 +139,7 @@ class DevicePagesWorker(MagicPigWorker):
         self._buffers.make_step_buffers(-(-max_model_len // block_size))
         options, cpus = self._options, self._kernel_cpus()
         sizes = [
-            num_blocks * shape.num_kv_heads * block_size * _token_bytes(shape, options.code_words)
+            num_blocks * shape.num_kv_heads * block_size * _token_bytes(shape, options.num_tables)
             for _, shape in layers
         ]
         self._host_pool = HostPool(
@@ -151,7 +151,7 @@ class DevicePagesWorker(MagicPigWorker):
             self._host_pool.huge_page_bytes() / capacity.GIB,
         )
         for number, (impl, shape) in enumerate(layers):
-            elements = _token_bytes(shape, options.code_words) // shape.dtype.itemsize
+            elements = _token_bytes(shape, options.num_tables) // shape.dtype.itemsize
             region = self._host_pool.layer(number).view(shape.dtype)
             impl.bind(
                 DeviceLayer(

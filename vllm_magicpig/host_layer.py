@@ -29,8 +29,8 @@ class HostLayer:
         builder: _C.SegmentBuilder | None,
         max_index_bytes: int,
     ) -> None:
-        """kv_cache: as for HostPages; center: None in exact mode; builder: None without buckets."""
-        self.pages = HostPages(kv_cache, head_size, options.code_words)
+        """kv_cache: as for HostPages; center, builder: None in exact mode."""
+        self.pages = HostPages(kv_cache, head_size, options.num_tables)
         self.index = make_index(
             options, self.pages, layer_index, center, isa, pool, builder, max_index_bytes
         )

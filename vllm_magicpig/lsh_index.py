@@ -26,17 +26,15 @@ class LshIndex:
         projection: Projection,
         center: KeyCenter,
         pool: _C.ThreadPool,
-        builder: _C.SegmentBuilder | None,
+        builder: _C.SegmentBuilder,
         max_bytes: int = 0,
     ) -> None:
-        """builder: None without buckets; max_bytes: of all segments, 0 = no limit."""
+        """max_bytes: of all segments, 0 = no limit."""
         self._options, self._pages, self._pool = options, pages, pool
         self.projection, self.center, self.builder = projection, center, builder
         self.rule = sample_rule(options)
-        self.native: _C.LshIndex | None = None
-        if options.has_buckets:
-            levels = segment_levels(pages.block_size)
-            self.native = _C.LshIndex(pages.native, options.K, levels, max_bytes)
+        levels = segment_levels(pages.block_size)
+        self.native = _C.LshIndex(pages.native, options.K, levels, max_bytes)
         self._asked_at: int | None = None
 
     def add(self, key: torch.Tensor, step: Step) -> None:
@@ -49,31 +47,30 @@ class LshIndex:
             return
         codes = self.projection.hash_keys(key, self.center.value)
         self.pages.store_codes(codes, step.slots, self._pool)
-        if self.native is None or self.builder is None:
-            return
         if self.native.changes != self._asked_at:
-            self._ask(step, self.native, self.builder)
+            self._ask(step)
 
     def forget(self) -> None:
         """Drops all segments, and the counts of them; the centre stays. No builder is at work."""
         self._asked_at = None
-        if self.native is not None:
-            self.native.forget()
+        self.native.forget()
 
     @property
     def pages(self) -> _C.Pages:
         return self._pages.native
 
-    def _ask(self, step: Step, native: _C.LshIndex, builder: _C.SegmentBuilder) -> None:
+    def _ask(self, step: Step) -> None:
         """Only requests that are long enough to be sampled are worth an index."""
-        self._asked_at = native.changes  # before it asks: what changes meanwhile counts later
+        self._asked_at = self.native.changes  # before it asks: what changes meanwhile counts later
         rows = [
             row
             for row, length in enumerate(step.seq_lens.tolist())
             if self._options.samples(length)
         ]
         # Also without any such request: what went stale is given back.
-        builder.ask(native, np.ascontiguousarray(step.block_tables[rows]), step.seq_lens[rows])
+        self.builder.ask(
+            self.native, np.ascontiguousarray(step.block_tables[rows]), step.seq_lens[rows]
+        )
 
 
 @cache
@@ -99,8 +96,9 @@ def make_index(
     builder: _C.SegmentBuilder | None,
     max_index_bytes: int,
 ) -> LshIndex | None:
-    """The index of a layer, or None in exact mode, where there is no centre."""
+    """The index of a layer, or None in exact mode, where there are no centre and no builder."""
     if center is None:
         return None
+    assert builder is not None
     projection = Projection(options, layer_index, pages.head_size, isa, pool)
     return LshIndex(options, pages, projection, center, pool, builder, max_index_bytes)

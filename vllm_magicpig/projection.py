@@ -30,7 +30,7 @@ class Projection:
         self._hyperplanes = (head_size, options.L, options.K, seed)
         signs = reference.hadamard_signs(*self._hyperplanes)
         self.native = _C.SimHash(signs.numpy(), head_size, options.K, options.L)
-        self._code_words = options.code_words
+        self._num_tables = options.num_tables
         self._isa, self._pool = isa, pool
 
     @cached_property
@@ -41,11 +41,11 @@ class Projection:
     def hash_keys(self, keys: torch.Tensor, center: torch.Tensor) -> npt.NDArray[np.uint16]:
         """keys: [num_tokens, num_kv_heads, head_size]; center: float32 [num_kv_heads, head_size].
 
-        Returns uint16 [num_tokens, num_kv_heads, code_words]. Centre first: uncentred keys crowd one
+        Returns uint16 [num_tokens, num_kv_heads, num_tables]. Centre first: uncentred keys crowd one
         bucket.
         """
         num_tokens, num_kv_heads, _ = keys.shape
-        codes = np.empty((num_tokens, num_kv_heads, self._code_words), dtype=np.uint16)
+        codes = np.empty((num_tokens, num_kv_heads, self._num_tables), dtype=np.uint16)
         for start in range(0, num_tokens, _TOKENS_AT_ONCE):
             some = keys[start : start + _TOKENS_AT_ONCE].float().contiguous().numpy()
             codes[start : start + len(some)] = self.native.hash(
@@ -55,7 +55,7 @@ class Projection:
 
     def hash_queries(self, queries: torch.Tensor) -> npt.NDArray[np.uint16]:
         """queries: float32 [num_reqs, num_q_heads, head_size] -> uint16 [num_reqs, num_q_heads,
-        code_words].
+        num_tables].
 
         Queries are not centred: shifting all keys leaves softmax unchanged, shifting queries does
         not (arXiv 2410.16179, section 4.3).

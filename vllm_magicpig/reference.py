@@ -14,10 +14,6 @@ import torch
 LOG_U_FLOOR = -80.0
 """log u is clamped here, so that a code collision at a cosine of -1 (u = 0) stays finite."""
 
-
-SIGNATURE_WORD_BITS = 16
-"""With K = 1 a table is one bit, and the tables of a vector are kept in words of so many."""
-
 LAYER_SEED_STRIDE = 1_000_003
 """Spreads the seeds of layers, whose numbers are small."""
 
@@ -30,10 +26,7 @@ def hadamard_signs(head_size: int, num_tables: int, num_bits: int, seed: int) ->
     every process, which prefix sharing between ranks and restarts relies on.
     """
     size = max(128, 1 << (head_size - 1).bit_length())
-    if num_bits == 1:
-        blocks = -(-num_tables // SIGNATURE_WORD_BITS)
-    else:
-        blocks = -(-num_tables // size) * num_bits
+    blocks = -(-num_tables // size) * num_bits
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(0, 2, (3 + blocks, size), generator=generator, dtype=torch.int8)
     return 2 * bits - 1
@@ -52,7 +45,7 @@ def hyperplanes(head_size: int, num_tables: int, num_bits: int, seed: int) -> to
     (Andoni et al., "Practical and Optimal LSH for Angular Distance", arXiv 1509.02897, section 3):
     block b projects to H Db (H D2 H D1 H D0 / size). Bits of one table come from different blocks:
     within a block, directions are orthogonal, and their collisions would not be those of independent
-    ones. With K = 1, 16 tables come from one block.
+    ones.
     """
     signs = hadamard_signs(head_size, num_tables, num_bits, seed).double()
     size = signs.shape[1]
@@ -60,10 +53,7 @@ def hyperplanes(head_size: int, num_tables: int, num_bits: int, seed: int) -> to
     rotation = (h * signs[2]) @ (h * signs[1]) @ (h * signs[0]) / size
     blocks = torch.stack([(h * d) @ rotation for d in signs[3:]])[..., :head_size]
     table = torch.arange(num_tables)[:, None]
-    if num_bits == 1:
-        block, row = table // SIGNATURE_WORD_BITS, table % SIGNATURE_WORD_BITS
-    else:
-        block, row = table // size * num_bits + torch.arange(num_bits), table % size
+    block, row = table // size * num_bits + torch.arange(num_bits), table % size
     return blocks[block, row.expand_as(block)].flatten(0, 1).T.float().contiguous()
 
 
@@ -130,13 +120,13 @@ def row_limit(middle_tokens: int, row_budget: float) -> int | None:
     return max(1, int(row_budget * middle_tokens)) if row_budget > 0 else None
 
 
-def tie_phase(seed: int, num_tokens: int, query_head: int, words: list[int]) -> int:
+def tie_phase(seed: int, num_tokens: int, query_head: int, codes: list[int]) -> int:
     """Where the choice among equally good matches starts: 64 bits from splitmix64.
 
-    words: the query's codes as the pages hold them, by which requests are told apart.
+    codes: the query's, by which requests are told apart.
     """
     state = split_mix(seed)
-    for value in (num_tokens, query_head, *words):
+    for value in (num_tokens, query_head, *codes):
         state = split_mix(state ^ value)
     return state
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
     from vllm_magicpig.accuracy.tune_model import ModelShape
     from vllm_magicpig.accuracy.tune_report import Choice
 
-CANDIDATES = ("10,150,2", "9,120,2", "8,75,2", "10,150,2,0.01", "1,128,2,0.02", "1,256,2,0.02")
+CANDIDATES = ("10,150,2", "9,120,2", "8,75,2", "10,150,2,0.01")
 _CANDIDATE_FIELDS = ("K", "L", "min_matches", "rows")
 MIN_MIDDLE = 512
 """Tokens between sink and window that a prompt must have. Below, 2 % is a handful of rows."""
@@ -205,7 +205,7 @@ def parse_candidate(text: str, seed: int) -> MagicPigOptions:
     if not 2 <= len(values) <= len(_CANDIDATE_FIELDS):
         raise ValueError(
             f"candidate {text!r} is not K,L or K,L,min_matches or K,L,min_matches,rows; write it as "
-            "10,150,2 or 1,256,2,0.02."
+            "10,150,2 or 10,150,2,0.01."
         )
     given = dict(zip(_CANDIDATE_FIELDS, values, strict=False)) | {"seed": seed}
     try:
@@ -215,7 +215,7 @@ def parse_candidate(text: str, seed: int) -> MagicPigOptions:
         raise ValueError(f"candidate {text!r}: {reason}") from error
     if options.is_exact:
         raise ValueError(
-            f"candidate {text!r} is exact attention, which has no error; give a K of 1 to 15."
+            f"candidate {text!r} is exact attention, which has no error; give a K of 2 to 15."
         )
     return options
 

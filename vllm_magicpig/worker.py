@@ -182,7 +182,7 @@ class MagicPigWorker:
             num_blocks,
             num_kv_heads,
             options.K,
-            options.indexed_tables,
+            options.num_tables,
             self.vllm_config.cache_config.block_size,
             self.vllm_config.model_config.max_model_len,
         )

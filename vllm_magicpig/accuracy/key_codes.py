@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_magicpig import reference
-from vllm_magicpig.config import SIGNATURE_WORD_BITS, MagicPigOptions
+from vllm_magicpig.config import MagicPigOptions
 from vllm_magicpig.key_center import KeyCenter
 
 MIN_KEYS = 512
@@ -105,18 +105,14 @@ def count_matches(query_codes: torch.Tensor, key_codes: torch.Tensor) -> torch.T
     return counts.flatten(0, 1)
 
 
-def tie_phases(seed: int, num_tokens: int, query_codes: torch.Tensor, num_bits: int) -> list[int]:
-    """`reference.tie_phase` of each query head, with the codes as the engine's pages hold them.
+def tie_phases(seed: int, num_tokens: int, query_codes: torch.Tensor) -> list[int]:
+    """`reference.tie_phase` of each query head.
 
     query_codes: int16 [num_q_heads, L].
     """
-    codes = query_codes.cpu().long()
-    if num_bits == 1:
-        places = torch.arange(SIGNATURE_WORD_BITS)
-        codes = (codes.reshape(len(codes), -1, SIGNATURE_WORD_BITS) << places).sum(-1)
     return [
-        reference.tie_phase(seed, num_tokens, head, words)
-        for head, words in enumerate(codes.tolist())
+        reference.tie_phase(seed, num_tokens, head, codes)
+        for head, codes in enumerate(query_codes.tolist())
     ]
 
 

@@ -65,11 +65,6 @@ class MethodSettings:
             raise ValueError(
                 f"rows of method {self.name!r} is {self.rows!r}, but must be {least}; correct it."
             )
-        if self.name == "magicpig" and self.rows == 0 and self.options.K == 1:
-            raise ValueError(
-                "rows of method 'magicpig' is 0, but with K = 1 every token matches; give a fraction "
-                "such as 0.01."
-            )
         if self.bits not in signature_reference.QUANTISER_STEP:
             raise ValueError(f"bits is {self.bits!r}, but must be 1, 2 or 4; correct it.")
         if self.row_gain is not None and not (self.name == "signatures" and self.row_gain > 0):
@@ -298,7 +293,7 @@ class MagicPig(Method):
         """(mask: bool [num_q_heads, m], t: int64 and r: float64 [num_q_heads]) as in `pick_best`."""
         query_codes = self.keys.hash_queries(step.queries)
         counts = self.matches(step, query_codes)
-        phases = tie_phases(self.options.seed, step.keys.shape[1], query_codes, self.options.K)
+        phases = tie_phases(self.options.seed, step.keys.shape[1], query_codes)
         return pick_best(counts, self.options.min_matches, step.limit, phases)
 
     def matches(self, step: Step, query_codes: torch.Tensor) -> torch.Tensor:

@@ -78,9 +78,7 @@ def without(layers: Sequence[LayerMeasure], dense: Sequence[int]) -> list[LayerM
 
 def bytes_per_token(options: MagicPigOptions) -> int:
     """Codes and the largest segments, of one token and kv head. Short contexts take a little more."""
-    codes = 2 * options.code_words
-    if not options.has_buckets:
-        return codes
+    codes = 2 * options.L
     segment = segment_bytes(1, options.K, options.L, _BLOCK_SIZE, MAX_SEGMENT_TOKENS)
     return codes + round(segment / MAX_SEGMENT_TOKENS)
 
