@@ -16,6 +16,7 @@
 
 #include "checks.h"
 #include "magicpig.h"
+#include "signatures.h"
 #include "stream.h"
 
 namespace magicpig {
@@ -58,6 +59,19 @@ struct BoundIndex {
       asked->forget(index);
     }
   }
+};
+
+/// The signatures, their memory and the pages that they are of.
+struct BoundSignatures {
+  std::shared_ptr<BoundPages> pages;
+  py::array memory;
+  SignaturePool pool;
+
+  BoundSignatures(std::shared_ptr<BoundPages> pages_, py::array memory_, uint8_t* data,
+                  const SignatureLayout& layout, const int8_t* signs)
+      : pages(std::move(pages_)),
+        memory(std::move(memory_)),
+        pool(pages->pages, data, layout, signs) {}
 };
 
 // ---------------------------------------------------------------------------------------- checks

@@ -116,9 +116,11 @@ std::unique_ptr<BoundBatch> make_batch(const BoundPages& pages, const py::array&
 
 struct BoundDecode {
   std::shared_ptr<BoundPages> pages;
-  std::shared_ptr<BoundRule> rule;    // null in exact mode
-  std::shared_ptr<BoundIndex> index;  // null where all tokens are compared by code
-  std::shared_ptr<SimHash> hasher;    // null where calls bring codes
+  std::shared_ptr<BoundRule> rule;              // null in exact mode
+  std::shared_ptr<BoundIndex> index;            // null where all tokens are compared by code
+  std::shared_ptr<SimHash> hasher;              // null where calls bring codes
+  std::shared_ptr<BoundSignatures> signatures;  // these three null then
+  SignatureRule signature_rule;                 // of these
   std::shared_ptr<ThreadPool> pool;
   float scale;
   int exact_below;
@@ -147,6 +149,17 @@ std::unique_ptr<BoundDecode> make_layer(std::shared_ptr<BoundPages> pages,
   layer->index = std::move(index);
   layer->hasher = std::move(hasher);
   layer->pool = std::move(pool);
+  return layer;
+}
+
+std::unique_ptr<BoundDecode> make_signature_layer(std::shared_ptr<BoundSignatures> signatures,
+                                                  const SignatureRule& rule, double scale,
+                                                  int64_t exact_below, Isa isa,
+                                                  std::shared_ptr<ThreadPool> pool) {
+  auto layer = make_layer(signatures->pages, nullptr, nullptr, nullptr, scale, exact_below, isa,
+                          std::move(pool));
+  layer->signatures = std::move(signatures);
+  layer->signature_rule = rule;
   return layer;
 }
 
@@ -187,6 +200,9 @@ void attend(BoundDecode& self, py::handle query, const BoundBatch& batch, py::ha
   in.num_q_heads = check_query_heads(queries.shape[1], pages);
   in.scale = self.scale;
   in.exact_below = self.exact_below;
+  const SignatureInput signatures = {&self.signature_rule,
+                                     self.signatures == nullptr ? nullptr : &self.signatures->pool};
+  if (signatures.pool != nullptr) in.signatures = &signatures;
   SampleInput sample = {};
   sample.query_codes = codes_of_call(self, query_codes, requests.size, in.num_q_heads);
   if (!self.center.empty()) {
@@ -229,8 +245,7 @@ void attend(BoundDecode& self, py::handle query, const BoundBatch& batch, py::ha
 
   py::gil_scoped_release release;
   decode_attention(pages, requests, in, result, self.isa, *self.pool);
-  self.record.add(requests, nullptr, in.num_q_heads, self.rule ? &self.rule->rule : nullptr, result,
-                  0, nanoseconds_since(start));
+  self.record.add(nullptr, in.num_q_heads, result, 0, nanoseconds_since(start));
 }
 
 }  // namespace
@@ -262,6 +277,9 @@ void bind_decode(py::module_& m) {
       .def(py::init(&make_layer), arg("pages").none(false), arg("rule").none(true),
            arg("index").none(true), arg("hasher").none(true), py::kw_only(), arg("scale"),
            arg("exact_below"), arg("isa"), arg("pool").none(false))
+      .def_static("of_signatures", &make_signature_layer, arg("signatures").none(false),
+                  arg("rule"), py::kw_only(), arg("scale"), arg("exact_below"), arg("isa"),
+                  arg("pool").none(false))
       .def("set_center", &set_center, array_arg("center"))
       .def("attend", &attend, arg("query"), arg("batch"), arg("out"),
            array_arg("lse").none(true) = py::none(), array_arg("rows").none(true) = py::none(),

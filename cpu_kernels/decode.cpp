@@ -6,10 +6,9 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numeric>
 
 #include "elements.h"
-#include "sample_lookup.h"
+#include "sampler.h"
 #include "timing.h"
 
 namespace magicpig {
@@ -18,12 +17,12 @@ namespace {
 /// Static rows gathered before they are attended to; a multiple of the kernel's tile.
 constexpr int kRowBatch = 1024;
 
-// Parts are small enough that one request of 8K fills the cores, and few enough that merging a long
-// one stays about one percent of its work.
+// Parts are few enough that merging a long request stays about one percent of its work.
 constexpr int kStaticPartRows = 1024;
 constexpr int kMaxStaticParts = 64;
-constexpr int kSampledPartTokens = 2048;
 constexpr int kMaxSampledParts = 32;
+/// Parts begin at multiples of this.
+constexpr int kPartAlignment = kSignatureBlock;
 
 int divide_up(int a, int b) { return (a + b - 1) / b; }
 
@@ -44,20 +43,22 @@ struct Plan {
   int num_sampled_parts = 0;
 
   int num_parts() const { return num_static_parts + num_sampled_parts; }
+  int first_part_token() const { return middle.begin / kPartAlignment * kPartAlignment; }
   TokenRange sampled_part(int part) const {
-    const int begin = middle.begin + part * sampled_part_tokens;
-    return {begin, std::min(begin + sampled_part_tokens, middle.end)};
+    const int begin = first_part_token() + part * sampled_part_tokens;
+    return {std::max(begin, middle.begin), std::min(begin + sampled_part_tokens, middle.end)};
   }
 };
 
-Plan make_plan(const Requests& requests, int request, const DecodeInput& input) {
+Plan make_plan(const Requests& requests, int request, const DecodeInput& input,
+               const Sampler* sampler) {
   Plan plan;
   plan.blocks = requests.blocks(request);
   plan.num_tokens = requests.seq_lens[request];
   plan.exact = true;
   plan.middle = {plan.num_tokens, plan.num_tokens};
-  if (input.sample != nullptr) {
-    const TokenRange middle = middle_of(plan.num_tokens, *input.sample->rule);
+  if (sampler != nullptr) {
+    const TokenRange middle = sampler->middle(plan.num_tokens);
     if (middle.size() >= input.exact_below) {
       plan.exact = false;
       plan.middle = middle;
@@ -66,9 +67,11 @@ Plan make_plan(const Requests& requests, int request, const DecodeInput& input) 
   plan.static_part_rows =
       std::max(kStaticPartRows, divide_up(plan.num_static_rows(), kMaxStaticParts));
   plan.num_static_parts = divide_up(plan.num_static_rows(), plan.static_part_rows);
-  plan.sampled_part_tokens =
-      std::max(kSampledPartTokens, divide_up(plan.middle.size(), kMaxSampledParts));
-  plan.num_sampled_parts = divide_up(plan.middle.size(), plan.sampled_part_tokens);
+  if (plan.exact) return plan;
+  const int tokens = plan.middle.end - plan.first_part_token();
+  const int least = std::max(sampler->part_tokens(), divide_up(tokens, kMaxSampledParts));
+  plan.sampled_part_tokens = divide_up(least, kPartAlignment) * kPartAlignment;
+  plan.num_sampled_parts = divide_up(tokens, plan.sampled_part_tokens);
   return plan;
 }
 
@@ -87,27 +90,28 @@ struct Partial {
 /// What one thread needs, kept from step to step.
 struct alignas(128) Scratch {
   std::vector<const uint8_t*> rows;
-  std::vector<int> first_row;  // of each query head, and the end
+  std::vector<Softmax> softmax;   // of a group
+  std::vector<int32_t> num_rows;  // likewise
   uint64_t attention_ns = 0;
 };
 
 struct Workspace {
-  std::vector<Lookup::Scratch> lookup;
   std::vector<Scratch> attention;
   Arena arena;  // of the calling thread
 
   void start(int num_threads) {
     const size_t threads = static_cast<size_t>(num_threads);
-    if (lookup.size() < threads) lookup.resize(threads);
     if (attention.size() < threads) attention.resize(threads);
     arena.reset();
-    for (Lookup::Scratch& scratch : lookup) {
-      scratch.arena.reset();
-      scratch.lookup_ns = 0;
-    }
     for (Scratch& scratch : attention) scratch.attention_ns = 0;
   }
 };
+
+std::unique_ptr<Sampler> make_sampler(const DecodeInput& input, Isa isa) {
+  if (input.signatures != nullptr) return make_signature_sampler(input, isa);
+  if (input.sample != nullptr) return make_bucket_sampler(input, isa);
+  return nullptr;
+}
 
 class Step {
  public:
@@ -117,14 +121,16 @@ class Step {
         requests_(requests),
         input_(input),
         output_(output),
-        isa_(isa),
         kernels_(kernels_of(isa)),
         workspace_(workspace),
-        group_(input.num_q_heads / pages.num_kv_heads()),
-        head_size_(static_cast<size_t>(pages.layout().head_size)) {
+        group_(static_cast<size_t>(input.num_q_heads / pages.num_kv_heads())),
+        head_size_(static_cast<size_t>(pages.layout().head_size)),
+        sampler_(make_sampler(input, isa)),
+        view_{pages, requests, middles_, nullptr, input.num_q_heads, input.scale} {
     size_t num_parts = 0;
     for (int r = 0; r < requests.size; ++r) {
-      plans_.push_back(make_plan(requests, r, input));
+      plans_.push_back(make_plan(requests, r, input, sampler_.get()));
+      middles_.push_back(plans_.back().middle);
       first_part_.push_back(num_parts);
       num_parts += static_cast<size_t>(plans_.back().num_parts() * pages.num_kv_heads());
       for (int head = 0; head < pages.num_kv_heads(); ++head)
@@ -138,24 +144,19 @@ class Step {
     parts_left_.reset(new std::atomic<int>[groups]);
     for (int r = 0; r < requests.size; ++r)
       for (int head = 0; head < pages.num_kv_heads(); ++head)
-        parts_left_[group_index(r, head)].store(plans_[r].num_parts());
+        parts_left_[group_index(r, head)].store(plans_[static_cast<size_t>(r)].num_parts());
   }
 
   void run(ThreadPool& pool) {
     std::vector<ThreadPool::Phase> phases;
-    if (input_.sample != nullptr) {
-      plan_lookup();
-      if (input_.hash != nullptr) phases.push_back(hashing());
-      phases.push_back(lookup_->phase(pool.num_threads(), workspace_.lookup));
-      if (input_.hash != nullptr) end_of_hashing(phases[1]);
-    }
+    if (sampler_ != nullptr) phases = sampler_->plan(view_, workspace_.arena, pool);
     phases.push_back({[this] {
-                        if (input_.sample != nullptr) weigh();
+                        if (sampler_ != nullptr) sampler_->start_attention();
                         return tasks_.size();
                       },
                       [this](size_t i, int thread) {
                         const Task& task = tasks_[i];
-                        run_task(task, workspace_.attention[static_cast<size_t>(thread)]);
+                        run_task(task, thread);
                         // The last part of a group to finish merges it; which thread that is
                         // changes nothing.
                         const size_t index = group_index(task.request, task.kv_head);
@@ -166,7 +167,8 @@ class Step {
     for (size_t r = 0; r < plans_.size(); ++r)  // no token, no task
       if (plans_[r].num_parts() == 0)
         for (int head = 0; head < pages_.num_kv_heads(); ++head) merge(static_cast<int>(r), head);
-    for (const Lookup::Scratch& s : workspace_.lookup) output_.lookup_ns += s.lookup_ns;
+    if (sampler_ != nullptr) sampler_->report(output_);
+    for (const TokenRange& middle : middles_) output_.middles.push_back(middle.size());
     for (const Scratch& s : workspace_.attention) output_.attention_ns += s.attention_ns;
   }
 
@@ -191,101 +193,45 @@ class Step {
 
   void read_queries() {
     const size_t heads = static_cast<size_t>(input_.num_q_heads);
-    queries_ = workspace_.arena.take<float>(plans_.size() * heads * head_size_);
+    float* const queries = workspace_.arena.take<float>(plans_.size() * heads * head_size_);
     for (size_t i = 0; i < plans_.size() * heads; ++i)
       to_float(input_.query_type,
                input_.query.bytes + token_of(i / heads) * input_.query.token_stride +
                    static_cast<ptrdiff_t>(i % heads) * input_.query.head_stride,
-               head_size_, queries_ + i * head_size_);
+               head_size_, queries + i * head_size_);
+    view_.queries = queries;
   }
 
-  size_t num_vectors() const { return plans_.size() * static_cast<size_t>(input_.num_q_heads); }
-
-  /// The lookup, and the room for the codes that hashing makes, where they are not given.
-  void plan_lookup() {
-    sample_ = *input_.sample;
-    if (input_.hash != nullptr) {
-      codes_ = workspace_.arena.take<uint16_t>(num_vectors() *
-                                               static_cast<size_t>(input_.hash->num_tables()));
-      sample_.query_codes = codes_;
-    }
-    std::vector<TokenRange> middles;
-    for (const Plan& plan : plans_) middles.push_back(plan.middle);
-    lookup_ =
-        std::make_unique<Lookup>(pages_, requests_, middles, input_.num_q_heads, sample_, kernels_);
-    output_.unsealed_stretches = lookup_->unsealed_stretches();
-  }
-
-  ThreadPool::Phase hashing() {
-    return {[this] {
-              hashing_since_ = Clock::now();
-              return SimHash::num_tasks(num_vectors());
-            },
-            [this](size_t task, int) {
-              input_.hash->hash_task(task, queries_, num_vectors(), nullptr,
-                                     static_cast<size_t>(input_.num_q_heads), codes_, isa_);
-            }};
-  }
-  void end_of_hashing(ThreadPool::Phase& next) {
-    next.start = [this, start = std::move(next.start)] {
-      output_.hash_ns = nanoseconds_since(hashing_since_);
-      return start();
-    };
-  }
-
-  /// How each query head's sample is weighted.
-  void weigh() {
-    const InclusionTable& table = *input_.sample->rule->table;
-    weightings_.reserve(plans_.size() * static_cast<size_t>(input_.num_q_heads));
-    for (size_t r = 0; r < plans_.size(); ++r)
-      for (int head = 0; head < input_.num_q_heads; ++head) {
-        const float* query = queries_ + weightings_.size() * head_size_;
-        const float* center = input_.center + static_cast<size_t>(head) / group_ * head_size_;
-        // Eight sums at once: one waits for each of its additions.
-        constexpr size_t kSums = 8;  // divides every head size
-        double norms[kSums] = {}, dots[kSums] = {};
-        for (size_t d = 0; d < head_size_; d += kSums)
-          for (size_t i = 0; i < kSums; ++i) {
-            norms[i] += static_cast<double>(query[d + i]) * query[d + i];
-            dots[i] += static_cast<double>(query[d + i]) * center[d + i];
-          }
-        const double norm = std::accumulate(norms, norms + kSums, 0.0);
-        const double dot = std::accumulate(dots, dots + kSums, 0.0);
-        const Threshold threshold = lookup_->view(static_cast<int>(r), head).threshold;
-        Weighting weighting = weighting_of(table, threshold);
-        weighting.center = center;
-        weighting.query_norm = static_cast<float>(std::sqrt(norm));
-        weighting.query_dot_center = static_cast<float>(dot);
-        weightings_.push_back(weighting);
-      }
-  }
-
-  void run_task(const Task& task, Scratch& scratch) {
-    const Plan& plan = plans_[task.request];
+  void run_task(const Task& task, int thread) {
+    const Plan& plan = plans_[static_cast<size_t>(task.request)];
+    Scratch& scratch = workspace_.attention[static_cast<size_t>(thread)];
     Partial* partials = &partials_[partial_index(task)];
-    float* acc = &acc_[partial_index(task) * head_size_];
-    std::fill(partials, partials + group_, Partial{{kNoMax, 0.0f}, 0});
-    std::fill(acc, acc + group_ * head_size_, 0.0f);
+    scratch.softmax.assign(group_, Softmax{kNoMax, 0.0f});
+    scratch.num_rows.assign(group_, 0);
+    AttendArgs args = {};
+    args.row_type = pages_.layout().row_type;
+    args.head_size = pages_.layout().head_size;
+    args.scale = input_.scale;
+    args.queries = view_.queries_of(task.request, task.kv_head);
+    args.num_heads = static_cast<int>(group_);
+    args.softmax = scratch.softmax.data();
+    args.acc = &acc_[partial_index(task) * head_size_];
+    std::fill(args.acc, args.acc + group_ * head_size_, 0.0f);
 
     const Clock::time_point start = Clock::now();
     if (task.part < plan.num_static_parts) {
-      attend_static(task, plan, partials, acc, scratch);
+      attend_static(task, plan, args, scratch);
     } else {
-      gather_rows(task, plan, plan.sampled_part(task.part - plan.num_static_parts), scratch);
-      for (size_t head = 0; head < group_; ++head)
-        attend_sampled(task, head, partials[head], acc + head * head_size_, scratch);
+      const TokenRange tokens = plan.sampled_part(task.part - plan.num_static_parts);
+      sampler_->attend({task.request, task.kv_head, tokens}, args, scratch.num_rows.data(), thread);
     }
+    for (size_t head = 0; head < group_; ++head)
+      partials[head] = {scratch.softmax[head], scratch.num_rows[head]};
     scratch.attention_ns += nanoseconds_since(start);
   }
 
   /// The whole group over a run of the static rows.
-  void attend_static(const Task& task, const Plan& plan, Partial* partials, float* acc,
-                     Scratch& scratch) {
-    std::vector<Softmax> softmax(group_, Softmax{kNoMax, 0.0f});
-    AttendArgs args = attend_args(task, 0);
-    args.num_heads = static_cast<int>(group_);
-    args.softmax = softmax.data();
-    args.acc = acc;
+  void attend_static(const Task& task, const Plan& plan, AttendArgs& args, Scratch& scratch) {
     scratch.rows.resize(kRowBatch);
     args.rows = scratch.rows.data();
     const int begin = task.part * plan.static_part_rows;
@@ -293,56 +239,10 @@ class Step {
     for (int i = begin; i < end; i += kRowBatch) {
       args.num_rows = std::min(kRowBatch, end - i);
       for (int r = 0; r < args.num_rows; ++r)
-        scratch.rows[r] = pages_.row(plan.blocks, task.kv_head, plan.static_row(i + r));
+        scratch.rows[static_cast<size_t>(r)] =
+            pages_.row(plan.blocks, task.kv_head, plan.static_row(i + r));
       kernels_.attend(args);
     }
-    for (size_t head = 0; head < group_; ++head) partials[head].softmax = softmax[head];
-  }
-
-  /// The rows that the group's heads sampled in a part, head after head.
-  void gather_rows(const Task& task, const Plan& plan, TokenRange part, Scratch& scratch) {
-    scratch.first_row.assign(1, 0);
-    size_t size = 0;
-    for (size_t head = 0; head < group_; ++head) {
-      const SampleView& view = lookup_->view(
-          task.request, task.kv_head * static_cast<int>(group_) + static_cast<int>(head));
-      const int32_t* const end = view.positions + view.size;
-      const int32_t* const first = std::lower_bound(view.positions, end, part.begin);
-      const int32_t* const last = std::lower_bound(first, end, part.end);
-      const size_t before = size;
-      size += static_cast<size_t>(last - first);
-      if (scratch.rows.size() < size) scratch.rows.resize(size);
-      const uint8_t** rows = scratch.rows.data() + before;
-      for (const int32_t* token = first; token < last; ++token)
-        *rows++ = pages_.row(plan.blocks, task.kv_head, *token);
-      scratch.first_row.push_back(static_cast<int>(size));
-    }
-  }
-
-  /// One query head over its rows of scratch.
-  void attend_sampled(const Task& task, size_t head, Partial& partial, float* acc,
-                      const Scratch& scratch) {
-    AttendArgs args = attend_args(task, head);
-    const int end = scratch.first_row[head + 1];
-    args.rows = scratch.rows.data() + scratch.first_row[head];
-    args.num_rows = end - scratch.first_row[head];
-    args.num_rows_ahead = scratch.first_row.back() - end;
-    args.num_rows_fetched = scratch.first_row[head];
-    args.num_heads = 1;
-    args.weighting = &weightings_[first_query_head(task.request, task.kv_head) + head];
-    args.softmax = &partial.softmax;
-    args.acc = acc;
-    kernels_.attend(args);
-    partial.rows = args.num_rows;
-  }
-
-  AttendArgs attend_args(const Task& task, size_t head) const {
-    AttendArgs args = {};
-    args.row_type = pages_.layout().row_type;
-    args.head_size = pages_.layout().head_size;
-    args.scale = input_.scale;
-    args.queries = queries_ + (first_query_head(task.request, task.kv_head) + head) * head_size_;
-    return args;
   }
 
   /// reference.merge over all parts, in their order.
@@ -389,20 +289,16 @@ class Step {
   const Requests& requests_;
   const DecodeInput& input_;
   DecodeOutput& output_;
-  const Isa isa_;
   const Kernels& kernels_;
   Workspace& workspace_;
   const size_t group_;
   const size_t head_size_;
+  const std::unique_ptr<Sampler> sampler_;  // null in exact mode
+  std::vector<TokenRange> middles_;
+  StepView view_;
   std::vector<Plan> plans_;
   std::vector<size_t> first_part_;
   std::vector<Task> tasks_;
-  float* queries_;  // [num_reqs][num_q_heads][head_size]
-  SampleInput sample_;
-  uint16_t* codes_ = nullptr;  // [num_reqs][num_q_heads][num_tables], where they are hashed here
-  Clock::time_point hashing_since_;
-  std::unique_ptr<Lookup> lookup_;
-  std::vector<Weighting> weightings_;  // [num_reqs][num_q_heads]
   Partial* partials_;
   float* acc_;
   std::unique_ptr<std::atomic<int>[]> parts_left_;

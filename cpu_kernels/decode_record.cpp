@@ -2,16 +2,14 @@
 
 namespace magicpig {
 
-void DecodeRecord::add(const Requests& requests, const int64_t* slots, int num_q_heads,
-                       const SampleRule* rule, const DecodeOutput& output, uint64_t store_ns,
-                       uint64_t step_ns) {
+void DecodeRecord::add(const int64_t* slots, int num_q_heads, const DecodeOutput& output,
+                       uint64_t store_ns, uint64_t step_ns) {
   std::lock_guard<std::mutex> lock(mutex_);
   bool real = false;
-  for (int i = 0; i < requests.size; ++i) {
+  for (size_t i = 0; i < output.middles.size(); ++i) {
     if (slots != nullptr && slots[i] < 0) continue;
     real = true;
-    const int middle = rule == nullptr ? 0 : middle_of(requests.seq_lens[i], *rule).size();
-    const int32_t* rows = output.sampled_rows + static_cast<ptrdiff_t>(i) * num_q_heads;
+    const int32_t* rows = output.sampled_rows + i * static_cast<size_t>(num_q_heads);
     for (int head = 0; head < num_q_heads; ++head) {
       if (rows[head] < 0) {
         ++counters_.exact_heads;
@@ -21,7 +19,7 @@ void DecodeRecord::add(const Requests& requests, const int64_t* slots, int num_q
       if (position == recent_rows_.size()) recent_rows_.push_back(0);
       recent_rows_[position] = rows[head];
       counters_.sampled_rows += static_cast<uint64_t>(rows[head]);
-      counters_.middle_rows += static_cast<uint64_t>(middle);
+      counters_.middle_rows += static_cast<uint64_t>(output.middles[i]);
     }
   }
   if (!real) return;

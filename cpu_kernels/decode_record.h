@@ -30,10 +30,10 @@ class DecodeRecord {
   /// Query heads whose sample sizes are remembered: the last 512 steps of 32.
   static constexpr size_t kRecentHeads = 16384;
 
-  /// One step. rule: null in exact mode; slots: of each request's token, negative where the request
+  /// One step. slots: of each request's token, negative where the request
   /// is a dummy, or null where none is. Dummies do not count, nor does a step of nothing else.
-  void add(const Requests& requests, const int64_t* slots, int num_q_heads, const SampleRule* rule,
-           const DecodeOutput& output, uint64_t store_ns, uint64_t step_ns);
+  void add(const int64_t* slots, int num_q_heads, const DecodeOutput& output, uint64_t store_ns,
+           uint64_t step_ns);
 
   void forget();
 

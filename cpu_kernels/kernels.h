@@ -62,6 +62,7 @@ struct AttendArgs {
   const float* queries;  // [num_heads][head_size]
   int num_heads;
   const Weighting* weighting;  // null: every row has u = 1; else num_heads is 1
+  const float* costs;          // -log u of each row, kMaxLanes more may be read; null: likewise 1
   Softmax* softmax;            // [num_heads]
   float* acc;                  // [num_heads][head_size], sum of exp(logit - max) * V
 };
@@ -77,6 +78,38 @@ struct HashPlan {
 /// Vectors that are transformed together at most, one in each lane.
 constexpr int kMaxLanes = 16;
 constexpr int kMaxTransform = SimHash::kMaxSize;
+
+/// What a block's scores and a head have in common: a score is (sum << shift) times F times
+/// multiplier, times 2^exponent (signature_scores.multipliers); offset is added to it.
+struct SignatureScale {
+  int16_t multiplier;
+  int16_t exponent;
+  int16_t offset;
+};
+
+/// A run of blocks to scan for a group of heads.
+struct SignatureScan {
+  const SignatureLayout* layout;
+  const int8_t* entries;  // [size / 4][num_heads][16], of signature_tables
+  int num_heads;
+  const uint8_t* const* blocks;  // [num_blocks]
+  int num_blocks;
+  const SignatureScale* scales;  // [num_blocks][num_heads]
+  int16_t* asked;                // [num_blocks][2][64], in their places
+};
+
+/// Tiles of a scan whose tokens may be listed.
+struct SignatureChoice {
+  const int16_t* asked;  // [num_tiles][64], in their places
+  const int16_t* noise;  // [num_tiles][64], likewise
+  int num_tiles;
+  int first_token;    // of the first tile
+  TokenRange tokens;  // what may be listed
+  int log_scale;      // log C
+  int floor;
+  int32_t* listed;       // tokens, ascending; 64 more than are listed may be written
+  int16_t* log_chances;  // of these
+};
 
 struct Kernels {
   /// Codes of vectors [num_vectors][head_size], each less the centre of its head,
@@ -104,6 +137,28 @@ struct Kernels {
   /// [2][size], the second over size; block: [layout.block_bytes()], its padding left as it is.
   void (*encode_signatures)(const SignatureLayout& layout, RowType type, const float* signs,
                             const uint8_t* keys, size_t stride, uint8_t* block);
+  /// signature_scores.tables of queries [num_heads][head_size]: entries [size / 4][num_heads][16],
+  /// units [num_heads].
+  void (*signature_tables)(const SignatureLayout& layout, const float* signs, const float* queries,
+                           int num_heads, int8_t* entries, float* units);
+  /// signature_scores.rounded products of queries and the first head_size elements of rows:
+  /// [num_heads][num_rows].
+  void (*row_products)(RowType type, int head_size, const uint8_t* const* rows, int num_rows,
+                       const float* queries, int num_heads, int32_t* products);
+  /// Scores of a tile, without offsets: [num_heads][64], in their places.
+  void (*signature_scores)(const SignatureLayout& layout, const int8_t* entries, int num_heads,
+                           const uint8_t* tile, const SignatureScale* scales, int16_t* scores);
+  /// signature_scores.sum_of_powers of units - top, which is none of them above; and beyond the
+  /// last up to a multiple of 32 the least power.
+  float (*sum_of_powers)(const int16_t* units, int size, int top);
+  /// Sum of squares over tiles of scores, each `stride` numbers from the next.
+  int64_t (*squares_of_scores)(const int16_t* scores, size_t stride, int num_tiles);
+  /// A tile's scores times multiplier / 2^15, plus offset: z [64]; returns the largest.
+  int (*shrink_scores)(const int16_t* scores, int multiplier, int offset, int16_t* z);
+  /// A of every token: the largest over heads of score + offset.
+  void (*signature_scan)(const SignatureScan& scan);
+  /// How many tokens are listed.
+  int (*signature_choose)(const SignatureChoice& choice);
 };
 
 namespace portable {

@@ -132,6 +132,9 @@ inline size_t element_bytes(RowType type) { return type == RowType::float32 ? 4 
 constexpr int kMaxTables = 255;  // counters are uint8
 constexpr int kMaxHeadSize = 256;
 
+/// Tokens that share a mean key, and are encoded together (signatures.h).
+constexpr int kSignatureBlock = 128;
+
 /// Codes lie in tiles of this many tokens: [token / 32][word][32], so that a scan is sequential.
 constexpr int kTileTokens = 32;
 
@@ -213,6 +216,14 @@ class Pages {
   /// Epochs started in all blocks together: unchanged means that nothing went stale.
   uint64_t epochs_started() const { return epochs_started_.load(std::memory_order_acquire); }
 
+  /// Changes with every write to a stretch of kSignatureBlock tokens of a block.
+  uint32_t writes(int block, int stretch) const {
+    return writes_[static_cast<size_t>(block) * static_cast<size_t>(stretches_) +
+                   static_cast<size_t>(stretch)]
+        .load(std::memory_order_acquire);
+  }
+  int num_stretches() const { return stretches_; }  // of a block
+
   /// Tokens that a block holds, and all blocks together; blocks that hold any.
   int num_tokens(int block) const { return held_[block].load(std::memory_order_relaxed); }
   int64_t num_tokens() const { return num_tokens_.load(std::memory_order_relaxed); }
@@ -220,6 +231,7 @@ class Pages {
 
  private:
   void start_epoch(int64_t block);
+  void note_write(int64_t block, int64_t begin, int64_t end);
 
   uint8_t* memory_;
   int num_blocks_;
@@ -227,9 +239,11 @@ class Pages {
   size_t chunk_bytes_;
   PageLayout layout_;
   uint64_t blocks_per_tile_;  // times 2^37, rounded up
+  int stretches_;
   std::unique_ptr<std::atomic<uint64_t>[]> epochs_;
   std::atomic<uint64_t> epochs_started_{0};
   std::unique_ptr<std::atomic<int32_t>[]> held_;
+  std::unique_ptr<std::atomic<uint32_t>[]> writes_;
   std::atomic<int64_t> num_tokens_{0};
   std::atomic<int> num_used_blocks_{0};
 };
@@ -549,6 +563,14 @@ std::vector<std::vector<HeadSample>> sample(const Pages& pages, const Requests& 
 
 // --------------------------------------------------------------------------- decode (decode.cpp)
 
+class SignaturePool;  // signatures.h
+struct SignatureRule;
+
+struct SignatureInput {
+  const SignatureRule* rule;
+  SignaturePool* pool;  // what lacks its signatures is encoded first
+};
+
 struct DecodeInput {
   RowsView query;         // of each token, [num_q_heads][head_size]
   const int64_t* tokens;  // of each request, rows of query and out; null: its number
@@ -556,19 +578,21 @@ struct DecodeInput {
   int num_q_heads;
   float scale;
   int exact_below;
-  const SampleInput* sample;  // null: all requests exactly
-  const SimHash* hash;        // makes the sample's query codes; null: they are given
-  const float* center;        // [num_kv_heads][head_size], where sampled
+  const SampleInput* sample;         // by buckets
+  const SignatureInput* signatures;  // by signatures; both null: all requests exactly
+  const SimHash* hash;               // makes the sample's query codes; null: they are given
+  const float* center;               // [num_kv_heads][head_size], where sampled
 };
 
 struct DecodeOutput {
-  uint8_t* out;            // of each token, [num_q_heads][head_size]
-  ptrdiff_t token_stride;  // in bytes
-  RowType out_type;        // what it is rounded to
-  float* lse;              // [num_reqs][num_q_heads], or null
-  int32_t* sampled_rows;   // [num_reqs][num_q_heads], -1 where exact
-  uint64_t hash_ns = 0;    // of the call
-  uint64_t lookup_ns = 0;  // summed over threads
+  uint8_t* out;                  // of each token, [num_q_heads][head_size]
+  ptrdiff_t token_stride;        // in bytes
+  RowType out_type;              // what it is rounded to
+  float* lse;                    // [num_reqs][num_q_heads], or null
+  int32_t* sampled_rows;         // [num_reqs][num_q_heads], -1 where exact
+  std::vector<int32_t> middles;  // tokens of each request that were sampled from, 0 where exact
+  uint64_t hash_ns = 0;          // of the call
+  uint64_t lookup_ns = 0;        // summed over threads
   uint64_t attention_ns = 0;
   size_t unsealed_stretches = 0;  // full stretches of sampled requests without a segment
 };

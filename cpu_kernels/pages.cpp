@@ -31,12 +31,21 @@ Pages::Pages(uint8_t* memory, int num_blocks, int num_kv_heads, size_t chunk_byt
       layout_(layout),
       blocks_per_tile_(((uint64_t{1} << 37) * kTileTokens + layout.block_size - 1) /
                        static_cast<uint64_t>(layout.block_size)),
+      stretches_((layout.block_size + kSignatureBlock - 1) / kSignatureBlock),
       epochs_(new std::atomic<uint64_t>[static_cast<size_t>(num_blocks)]),
-      held_(new std::atomic<int32_t>[static_cast<size_t>(num_blocks)]) {
+      held_(new std::atomic<int32_t>[static_cast<size_t>(num_blocks)]),
+      writes_(new std::atomic<uint32_t>[static_cast<size_t>(num_blocks) *
+                                        static_cast<size_t>(stretches_)]) {
   for (int block = 0; block < num_blocks; ++block) {
     epochs_[block].store(0);
     held_[block].store(0);
+    for (int i = 0; i < stretches_; ++i) writes_[block * stretches_ + i].store(1);
   }
+}
+
+void Pages::note_write(int64_t block, int64_t begin, int64_t end) {
+  for (int64_t i = begin / kSignatureBlock; i * kSignatureBlock < end; ++i)
+    writes_[block * stretches_ + i].fetch_add(1, std::memory_order_acq_rel);
 }
 
 void Pages::start_epoch(int64_t block) {
@@ -58,6 +67,7 @@ void Pages::note_writes(const int64_t* slots, size_t num_tokens) {
       ++token;
       ++run;
     }
+    note_write(block, offset, offset + run);
     const int32_t held = static_cast<int32_t>(offset + run);
     const int32_t before = held_[block].exchange(held, std::memory_order_relaxed);
     num_tokens_.fetch_add(held - before, std::memory_order_relaxed);
@@ -68,7 +78,10 @@ void Pages::note_writes(const int64_t* slots, size_t num_tokens) {
 }
 
 void Pages::distrust() {
-  for (int block = 0; block < num_blocks_; ++block) start_epoch(block);
+  for (int block = 0; block < num_blocks_; ++block) {
+    start_epoch(block);
+    note_write(block, 0, layout_.block_size);
+  }
 }
 
 void Pages::forget() {

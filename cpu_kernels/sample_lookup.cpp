@@ -5,6 +5,7 @@
 #include <climits>
 #include <cstring>
 
+#include "split_mix.h"
 #include "timing.h"
 
 namespace magicpig {
@@ -17,13 +18,6 @@ constexpr size_t kTasksPerThread = 3;
 
 int divide_up(int a, int b) { return (a + b - 1) / b; }
 int tile_floor(int token) { return token / kTileTokens * kTileTokens; }
-
-uint64_t split_mix(uint64_t x) {
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
 
 }  // namespace
 

@@ -462,20 +462,26 @@ inline void dot_products(const AttendArgs& args, const float* queries, const uin
   }
 }
 
+/// By what logits are corrected: nothing, Weighting at the row's cosine, or AttendArgs::costs.
+enum class RowWeights { none, by_cosine, given };
+
 /// Turns one head's dot products into weights exp(logit - max), moving its softmax along.
-template <bool kWeighted>
-inline void softmax_step(const AttendArgs& args, int num_rows, Logits& logits, float* dot,
-                         Softmax& softmax, float* acc) {
+template <RowWeights kWeights>
+inline void softmax_step(const AttendArgs& args, int num_rows, Logits& logits,
+                         [[maybe_unused]] const float* costs, float* dot, Softmax& softmax,
+                         float* acc) {
   Vec largest = broadcast(softmax.max);
   for (int i = 0; i < num_rows; i += kLanes) {
     Vec logit = load(dot + i);
-    if constexpr (kWeighted) {
+    if constexpr (kWeights == RowWeights::by_cosine) {
       const Weighting& w = *args.weighting;
       const Vec norm = broadcast(w.query_norm) * square_root(load(logits.centred_norm + i));
       const Vec cosine = select(less(broadcast(0.0f), norm), logit / norm, broadcast(0.0f));
       const Vec log_u_of_row = log_inclusion(w, cosine);
       logit = multiply_add(logit + broadcast(w.query_dot_center), broadcast(args.scale),
                            broadcast(0.0f) - log_u_of_row);
+    } else if constexpr (kWeights == RowWeights::given) {
+      logit = multiply_add(logit, broadcast(args.scale), load(costs + i));
     } else {
       logit = logit * broadcast(args.scale);
     }
@@ -532,20 +538,35 @@ inline void accumulate_values(const uint8_t* const* rows, int num_rows, const Lo
     if (d < head_size) add_columns(first_lanes(head_size - d));
 }
 
-template <class Element, int kHeads, bool kWeighted>
-inline void attend_tile(const AttendArgs& args, int head, const uint8_t* const* rows, int num_rows,
-                        int rows_left) {
+template <class Element, int kHeads, RowWeights kWeights>
+inline void attend_tile(const AttendArgs& args, int head, int first_row, int num_rows) {
+  const uint8_t* const* rows = args.rows + first_row;
   Logits logits;
   float* acc = args.acc + static_cast<size_t>(head) * args.head_size;
+  const float* costs = nullptr;
+  if constexpr (kWeights == RowWeights::given) costs = args.costs + first_row;
   // The first heads bring the rows into L1; the others find them there.
-  dot_products<Element, kHeads, kWeighted>(
-      args, args.queries + static_cast<size_t>(head) * args.head_size, rows, num_rows, rows_left,
-      head == 0, logits);
+  dot_products<Element, kHeads, kWeights == RowWeights::by_cosine>(
+      args, args.queries + static_cast<size_t>(head) * args.head_size, rows, num_rows,
+      args.num_rows - first_row + args.num_rows_ahead, head == 0, logits);
   for (int h = 0; h < kHeads; ++h)
-    softmax_step<kWeighted>(args, num_rows, logits, logits.dot[h], args.softmax[head + h],
-                            acc + h * args.head_size);
+    softmax_step<kWeights>(args, num_rows, logits, costs, logits.dot[h], args.softmax[head + h],
+                           acc + h * args.head_size);
   accumulate_values<Element, kHeads, kAccumulators / kHeads>(rows, num_rows, logits, args.head_size,
                                                              0, acc);
+}
+
+/// All heads over one tile of rows.
+template <class Element, RowWeights kWeights>
+inline void attend_heads(const AttendArgs& args, int first_row, int num_rows) {
+  int head = 0;
+  for (; head + 4 <= args.num_heads; head += 4)
+    attend_tile<Element, 4, kWeights>(args, head, first_row, num_rows);
+  if (head + 2 <= args.num_heads) {
+    attend_tile<Element, 2, kWeights>(args, head, first_row, num_rows);
+    head += 2;
+  }
+  if (head < args.num_heads) attend_tile<Element, 1, kWeights>(args, head, first_row, num_rows);
 }
 
 template <class Element>
@@ -556,21 +577,13 @@ inline void attend_rows(const AttendArgs& args) {
   const int not_yet = args.num_rows_fetched > 0 ? 0 : smaller(kRowsAhead, rows);
   for (int r = 0; r < not_yet; ++r) prefetch_lines(args.rows[r], row_bytes);
   for (int r = 0; r < args.num_rows; r += kTileRows) {
-    const uint8_t* const* rows = args.rows + r;
     const int num_rows = smaller(kTileRows, args.num_rows - r);
-    const int left = args.num_rows - r + args.num_rows_ahead;
-    if (args.weighting != nullptr) {
-      attend_tile<Element, 1, true>(args, 0, rows, num_rows, left);
-      continue;
-    }
-    int head = 0;
-    for (; head + 4 <= args.num_heads; head += 4)
-      attend_tile<Element, 4, false>(args, head, rows, num_rows, left);
-    if (head + 2 <= args.num_heads) {
-      attend_tile<Element, 2, false>(args, head, rows, num_rows, left);
-      head += 2;
-    }
-    if (head < args.num_heads) attend_tile<Element, 1, false>(args, head, rows, num_rows, left);
+    if (args.weighting != nullptr)
+      attend_tile<Element, 1, RowWeights::by_cosine>(args, 0, r, num_rows);
+    else if (args.costs != nullptr)
+      attend_heads<Element, RowWeights::given>(args, r, num_rows);
+    else
+      attend_heads<Element, RowWeights::none>(args, r, num_rows);
   }
 }
 

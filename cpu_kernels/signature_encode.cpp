@@ -8,12 +8,7 @@ namespace magicpig {
 void encode_signatures(const SignatureLayout& layout, RowType type, const int8_t* signs,
                        const uint8_t* keys, size_t key_stride, size_t num_blocks, uint8_t* to,
                        Isa isa, ThreadPool& pool) {
-  const size_t size = static_cast<size_t>(layout.size);
-  std::vector<float> scaled(2 * size);  // the second round of signs divides, too
-  for (size_t i = 0; i < size; ++i) {
-    scaled[i] = static_cast<float>(signs[i]);
-    scaled[size + i] = static_cast<float>(signs[size + i]) / static_cast<float>(size);
-  }
+  const std::vector<float> scaled = rotation_signs_of(layout, signs);
   pool.run(num_blocks, [&](size_t block, int) {
     uint8_t* out = to + block * layout.block_bytes();
     kernels_of(isa).encode_signatures(layout, type, scaled.data(),

@@ -134,7 +134,7 @@ void StreamLayer::decode(const StepContents& contents, const float* center) {
   else if (center != nullptr)
     ask_for_segments({});  // what went stale is given back
 
-  record_.add(requests, contents.decode_slots.data(), exchange.num_q_heads, parts_.rule, output,
+  record_.add(contents.decode_slots.data(), exchange.num_q_heads, output,
               nanoseconds(stored - start), nanoseconds_since(start));
 }
 

@@ -129,6 +129,68 @@ def encode_signatures(
     signature_reference.rotation_signs; bits: 1, 2 or 4.
     """
 
+class SignatureRule:
+    """The list of each step (signature_draw.py): which rows of the middle, of what chances.
+
+    row_budget: a fraction of the middle above 0 and up to 1, the rows that a kv head's whole group reads
+    on average; seed, layer and first_kv_head, of this rank: what a draw comes from beside its position.
+    """
+
+    def __init__(
+        self,
+        *,
+        sink_tokens: int,
+        window_tokens: int,
+        row_budget: float,
+        seed: int,
+        layer: int,
+        first_kv_head: int,
+    ) -> None: ...
+
+class SignaturePool:
+    """The signatures of one layer's pages, in the caller's memory.
+
+    Blocks of 128 tokens are encoded where a request's decode step or `encode` first finds them complete,
+    and again once they are written anew.
+    """
+
+    def __init__(
+        self,
+        pages: Pages,
+        memory: npt.NDArray[np.uint8],
+        signs: npt.NDArray[np.int8],
+        bits: int,
+    ) -> None:
+        """pages: whose block size is a multiple of 128; memory: aligned to 64 bytes, [num_blocks *
+        num_kv_heads * block_size / 128 * signature_blocks.block_bytes]; signs: as for
+        `encode_signatures`."""
+    def encode(
+        self,
+        block_tables: npt.NDArray[np.int32],
+        seq_lens: npt.NDArray[np.int32],
+        *,
+        isa: Isa,
+        pool: ThreadPool,
+    ) -> None:
+        """What the requests' first seq_lens tokens complete; their rows are in the pages."""
+    def lists(
+        self,
+        rule: SignatureRule,
+        query: torch.Tensor | npt.NDArray[np.generic],
+        block_tables: npt.NDArray[np.int32],
+        seq_lens: npt.NDArray[np.int32],
+        *,
+        scale: float,
+        exact_below: int,
+        isa: Isa,
+        pool: ThreadPool,
+    ) -> list[list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int16]]]]:
+        """Of each request and kv head (tokens, their log chances), as a decode step draws them; empty
+        where the step attends exactly. query: [num_reqs, num_q_heads, head_size]."""
+    @property
+    def num_encoded(self) -> int:
+        """Blocks of 128 tokens, all kv heads of each."""
+
 class SimHash:
     """The hyperplanes of one layer as Walsh-Hadamard transforms between random signs.
 
@@ -316,6 +378,17 @@ class DecodeLayer:
         isa: Isa,
         pool: ThreadPool,
     ) -> None: ...
+    @staticmethod
+    def of_signatures(
+        signatures: SignaturePool,
+        rule: SignatureRule,
+        *,
+        scale: float,
+        exact_below: int,
+        isa: Isa,
+        pool: ThreadPool,
+    ) -> DecodeLayer:
+        """A layer that samples by signatures, from its first call on, and takes no center."""
     def set_center(self, center: npt.NDArray[np.float32]) -> None:
         """center: float32 [num_kv_heads, head_size], copied; once. Calls before it attend exactly,
         calls after it rely on the codes of all tokens that their requests hold."""
