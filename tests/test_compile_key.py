@@ -59,13 +59,13 @@ def test_with_another_backend_it_is_vllms_own(model: Path, monkeypatch: pytest.M
 
 
 def test_the_key_is_the_version_and_the_resolved_options(model: Path) -> None:
-    given = {"magicpig": {"K": 8, "rows": 0.01}, "other": 1}
+    given = {"magicpig": {"index": "signatures", "bits": 1}, "other": 1}
     kept = copy.deepcopy(given)
     chosen = configure(model, additional_config=given)
     assert given == kept, "the dict is the user's"
     key = chosen.additional_config[COMPILE_KEY]  # type: ignore[index]
     assert key["dense_layers"] == [0, 16]
-    assert (key["K"], key["L"], key["rows"]) == (8, 150, 0.01)
+    assert (key["index"], key["bits"], key["row_budget"]) == ("signatures", 1, 0.02)
     assert key["version"] == compile_key.version("vllm-magicpig")
     assert chosen.additional_config == kept | {COMPILE_KEY: key}
     assert parse_options(chosen.additional_config) == parse_options(given)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from native_helpers import ISA_NAMES
 
-from vllm_magicpig.config import COMPILE_KEY, MagicPigOptions, parse_options
+from vllm_magicpig.config import COMPILE_KEY, DEFAULT_INDEX, MagicPigOptions, parse_options
 
 
 def parse(**options: Any) -> MagicPigOptions:
@@ -18,6 +18,8 @@ def parse(**options: Any) -> MagicPigOptions:
 
 def test_defaults_are_the_papers() -> None:
     options = parse_options({})
+    assert options.index == DEFAULT_INDEX
+    assert (options.bits, options.row_budget) == (2, 0.02)
     assert (options.K, options.L, options.min_matches) == (10, 150, 2)
     assert (options.sink_tokens, options.window_tokens, options.exact_below) == (4, 64, 2048)
     assert [i for i in range(40) if options.is_dense(i)] == [0, 16, 32]
@@ -36,10 +38,70 @@ def test_dense_layers_are_a_set_of_indices() -> None:
 
 
 def test_exact_mode_samples_nothing_and_stores_no_codes() -> None:
-    options = parse(K=0)
-    assert options.is_exact
-    assert options.num_tables == 0
-    assert not options.samples(1 << 20)
+    for options in (parse(K=0), parse(K=0, index="buckets"), parse(K=0, index="signatures")):
+        assert options.is_exact
+        assert not options.has_buckets
+        assert not options.has_signatures
+        assert options.num_tables == 0
+        assert not options.samples(1 << 20)
+
+
+def test_an_index_is_of_one_kind() -> None:
+    buckets = parse(index="buckets", K=8, L=75, min_matches=3, rows=0.01, center="none")
+    assert (buckets.has_buckets, buckets.has_signatures, buckets.num_tables) == (True, False, 75)
+    signatures = parse(index="signatures", bits=4, row_budget=1)
+    assert (signatures.has_buckets, signatures.has_signatures) == (False, True)
+    assert (signatures.num_tables, signatures.bits, signatures.row_budget) == (0, 4, 1.0)
+    assert buckets.samples(1 << 20)
+    assert signatures.samples(1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("index", "owner", "name", "value"),
+    [
+        ("signatures", "buckets", "K", 10),
+        ("signatures", "buckets", "L", 150),
+        ("signatures", "buckets", "min_matches", 2),
+        ("signatures", "buckets", "rows", None),
+        ("signatures", "buckets", "rows", 0.02),
+        ("signatures", "buckets", "center", "passage"),
+        ("buckets", "signatures", "bits", 2),
+        ("buckets", "signatures", "row_budget", 0.02),
+    ],
+)
+def test_a_setting_of_the_other_index_is_refused(
+    index: str, owner: str, name: str, value: Any
+) -> None:
+    """Whatever its value: also where the value is the default."""
+    sentence = (
+        f'magicpig option {name} is {value!r}, but belongs to index "{owner}" and the index is '
+        f'"{index}"; remove {name}, or set index to "{owner}" in --additional-config.'
+    )
+    given = {"index": index, name: value}
+    for options in (given, given if name == "K" else given | {"K": 0}):
+        with pytest.raises(ValueError) as caught:
+            parse(**options)
+        assert str(caught.value) == sentence
+    assert getattr(parse(index=owner, **{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dense_layers",
+        "sink_tokens",
+        "window_tokens",
+        "exact_below",
+        "threads",
+        "seed",
+        "isa",
+        "host_kv_cache_gib",
+    ],
+)
+def test_other_settings_are_for_both(name: str) -> None:
+    value = {"dense_layers": [3], "isa": "portable"}.get(name, 7)
+    for index in ("buckets", "signatures"):
+        assert getattr(parse(index=index, **{name: value}), name) != getattr(parse(), name)
 
 
 def test_a_middle_is_sampled_from_exact_below_on() -> None:
@@ -70,6 +132,19 @@ def test_a_middle_is_sampled_from_exact_below_on() -> None:
         ("threads", 0),
         ("threads", "all"),
         ("seed", -1),
+        ("bits", 0),
+        ("bits", 3),
+        ("bits", 8),
+        ("bits", True),
+        ("bits", 2.0),
+        ("bits", None),
+        ("row_budget", 0),
+        ("row_budget", 1.01),
+        ("row_budget", None),
+        ("row_budget", True),
+        ("row_budget", "2 %"),
+        ("rows", 0),
+        ("index", None),
         ("index", "auto"),
         ("index", "scan"),
         ("center", "second_prompt"),
@@ -99,7 +174,7 @@ def test_every_instruction_set_has_its_name(isa: str) -> None:
 
 def test_min_matches_cannot_exceed_the_tables() -> None:
     with pytest.raises(ValueError, match=r"min_matches is 9, but must be 1 to L = 8 tables"):
-        parse(L=8, min_matches=9)
+        parse(index="buckets", L=8, min_matches=9)
 
 
 def test_an_unknown_option_suggests_a_known_one() -> None:

@@ -26,7 +26,7 @@ from vllm.model_executor.layers.attention.prefill_prefix_lm_attention import (
 from vllm.model_executor.layers.attention.rswa_attention import RSWAAttention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-from vllm_magicpig.backend import MagicPigImpl, backend_with_codes
+from vllm_magicpig.backend import MagicPigBackend, MagicPigImpl, with_options
 from vllm_magicpig.config import MagicPigOptions
 from vllm_magicpig.layer_selection import select_layers
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SAMPLE_ALL = MagicPigOptions(dense_layers=())
-SAMPLED_BACKEND = backend_with_codes(SAMPLE_ALL.num_tables)
+SAMPLED_BACKEND = with_options(MagicPigBackend, SAMPLE_ALL)
 
 
 @pytest.fixture(scope="module")

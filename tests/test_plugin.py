@@ -243,7 +243,7 @@ def test_choosing_it_changes_worker_and_backend(tiny_model: str) -> None:
     [
         (
             {"additional_config": {"magicpig": {"K": 99}}},
-            "magicpig option K is 99, but must be 0 for exact attention or 1 to 15 bits per table;",
+            "magicpig option K is 99, but must be 0 for exact attention or 2 to 15 bits per table;",
         ),
         (
             {"additional_config": {"magicpig": {"host_kv_cache_gib": 8}}},

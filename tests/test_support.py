@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from vllm_magicpig.config import MagicPigOptions
 from vllm_magicpig.support import check_config, check_layer
 
 
@@ -39,6 +40,8 @@ def config(**changes: Any) -> SimpleNamespace:
     return made
 
 
+BUCKETS, SIGNATURES = MagicPigOptions(index="buckets"), MagicPigOptions(index="signatures")
+
 LAYER: dict[str, Any] = {
     "num_heads": 8,
     "num_kv_heads": 2,
@@ -52,10 +55,10 @@ LAYER: dict[str, Any] = {
 
 
 def test_ordinary_models_pass() -> None:
-    check_config(config())
-    check_config(config(cache_config__cache_dtype="float16"))
-    check_config(config(model_config=None))
-    check_config(config(model_config__attention_chunk_size=8192))
+    check_config(config(), BUCKETS)
+    check_config(config(cache_config__cache_dtype="float16"), BUCKETS)
+    check_config(config(model_config=None), BUCKETS)
+    check_config(config(model_config__attention_chunk_size=8192), BUCKETS)
     check_layer(**LAYER)
     check_layer(**LAYER | {"extra": {"sinks": None}})
 
@@ -82,7 +85,7 @@ def test_ordinary_models_pass() -> None:
 )
 def test_refused_configurations(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError) as caught:
-        check_config(config(**change))
+        check_config(config(**change), BUCKETS)
     assert_sentence(str(caught.value), named)
 
 
@@ -117,16 +120,42 @@ def test_refused_layers(change: dict[str, Any], named: str) -> None:
 )
 def test_a_block_size_that_divides_the_chunks_is_named(chunk_size: int, remedy: str) -> None:
     with pytest.raises(ValueError, match=rf"blocks that divide the chunks; {remedy}\.$"):
-        check_config(config(model_config__attention_chunk_size=chunk_size))
+        check_config(config(model_config__attention_chunk_size=chunk_size), BUCKETS)
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 96, 192])
+def test_signatures_take_blocks_of_128_tokens(block_size: int) -> None:
+    """A signature is relative to the mean of its own 128 keys."""
+    for whole in (128, 256):
+        check_config(config(cache_config__block_size=whole), SIGNATURES)
+    smaller = config(cache_config__block_size=block_size)
+    check_config(smaller, BUCKETS)
+    check_config(smaller, MagicPigOptions(index="signatures", K=0))
+    with pytest.raises(ValueError) as caught:
+        check_config(smaller, SIGNATURES)
+    assert str(caught.value) == (
+        f'magicpig does not support block size {block_size} with index "signatures", it supports '
+        "multiples of 128 there; pass --block-size 128."
+    )
+
+
+def test_no_block_size_is_named_that_the_index_lacks() -> None:
+    chunked = config(model_config__attention_chunk_size=192)
+    with pytest.raises(ValueError, match=r"chunks; pass --block-size 96\.$"):
+        check_config(chunked, BUCKETS)
+    with pytest.raises(ValueError, match=r"chunks; choose another --attention-backend for it\.$"):
+        check_config(chunked, SIGNATURES)
 
 
 def test_the_flag_that_was_set_is_the_flag_to_drop() -> None:
     """vLLM makes a connector of --kv-offloading-size, after the first check and before the second."""
     connector = SimpleNamespace(kv_connector="OffloadingConnector")
     with pytest.raises(ValueError, match=r"drop --kv-offloading-size\.$"):
-        check_config(config(cache_config__kv_offloading_size=4.0, kv_transfer_config=connector))
+        check_config(
+            config(cache_config__kv_offloading_size=4.0, kv_transfer_config=connector), BUCKETS
+        )
     with pytest.raises(ValueError, match=r"drop --kv-transfer-config\.$"):
-        check_config(config(kv_transfer_config=connector))
+        check_config(config(kv_transfer_config=connector), BUCKETS)
 
 
 def assert_sentence(text: str, named: str) -> None:

@@ -32,7 +32,7 @@ from vllm_magicpig.key_center import KeyCenter
 from vllm_magicpig.lsh_index import LshIndex
 from vllm_magicpig.stats import LayerStats, PageUse
 from vllm_magicpig.step import Step, make_step
-from vllm_magicpig.support import BLOCK_SIZE_MULTIPLE, check_layer
+from vllm_magicpig.support import block_size_multiple, check_layer
 
 
 class MagicPigBackend(AttentionBackend):
@@ -41,7 +41,8 @@ class MagicPigBackend(AttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", "float32"]
 
-    num_tables: ClassVar[int] = 0
+    options: ClassVar[MagicPigOptions] = MagicPigOptions(K=0)
+    """Of the engine, in the classes that with_options makes."""
 
     @staticmethod
     def get_name() -> str:
@@ -55,9 +56,9 @@ class MagicPigBackend(AttentionBackend):
     def get_builder_cls() -> type[MagicPigMetadataBuilder]:
         return MagicPigMetadataBuilder
 
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        return [MultipleOf(BLOCK_SIZE_MULTIPLE)]
+    @classmethod
+    def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(block_size_multiple(cls.options))]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -78,23 +79,23 @@ class MagicPigBackend(AttentionBackend):
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         """A larger cell: K, V and the token's codes."""
-        size = content_bytes(spec.head_size, spec.dtype.itemsize, cls.num_tables)
+        size = content_bytes(spec.head_size, spec.dtype.itemsize, cls.options.num_tables)
         return replace(spec, state_content_bytes=size)
 
 
 @cache
-def backend_with_codes(num_tables: int) -> type[MagicPigBackend]:
-    """The backend of sampled layers whose pages hold codes of this many tables.
+def with_options(backend: type[MagicPigBackend], options: MagicPigOptions) -> type[MagicPigBackend]:
+    """The backend of sampled layers under these options.
 
-    customize_spec is a class method without access to options, hence a class per number; it keeps
-    the parent's name, by which vLLM groups layers.
+    vLLM asks a backend's class for the shape of its cache and its block sizes, hence a class for each;
+    it keeps the parent's name, by which vLLM groups layers.
     """
     names = {
-        "num_tables": num_tables,
-        "__module__": MagicPigBackend.__module__,
-        "__qualname__": MagicPigBackend.__qualname__,
+        "options": options,
+        "__module__": backend.__module__,
+        "__qualname__": backend.__qualname__,
     }
-    return type(MagicPigBackend.__name__, (MagicPigBackend,), names)
+    return type(backend.__name__, (backend,), names)
 
 
 class MagicPigMetadataBuilder(AttentionMetadataBuilder[Step]):
@@ -203,7 +204,7 @@ class MagicPigImpl(AttentionImpl[Any]):
     def become_sampled(self, layer_index: int) -> None:
         """Learns the layer's place in the model, once it is known that the layer is sampled."""
         self.layer_index = layer_index
-        if not self.options.is_exact:
+        if self.options.has_buckets:
             self.center = KeyCenter(
                 self.options.center, self.layer_index, self._first_kv_head, self.num_kv_heads
             )

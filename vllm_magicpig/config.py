@@ -11,6 +11,8 @@ from typing import Any
 DENSE_LAYER_STRIDE = 16
 """Default dense layers: 0, 16, 32, ... as in the paper's Llama-3.1-8B set-up (section 5)."""
 
+DEFAULT_INDEX = "buckets"
+
 COMPILE_KEY = "magicpig_compile_key"
 """Of additional_config, beside the user's "magicpig": what compile_key.py puts there."""
 
@@ -21,21 +23,30 @@ CENTERS_WITHOUT_FILE = ("passage", "none")
 class MagicPigOptions:
     """One field per option; the README's table is the user's view of it.
 
-    K: bits per table, 0 = exact attention; L: tables; min_matches: tables in which a sampled token
-    must match; rows: at most this fraction of the middle is sampled, best matches first, None = all
-    that match (the paper's sample); index: "buckets"; dense_layers: absolute layer indices that keep
-    the platform's own backend, None = every 16th; sink_tokens, window_tokens: always attended;
-    exact_below: a shorter middle is attended exactly (tokens); threads: of the decode kernel, None =
-    the physical cores that this process may use; seed: of the hyperplanes; center: "passage", "none"
-    or the path of a calibration file; isa: instruction set of the kernels; host_kv_cache_gib: size of
-    the pinned host pool (CUDA only); check_host_memory: refuse one that exceeds the free RAM.
+    index: "buckets" (the paper's) or "signatures".
+
+    Of buckets alone: K: bits per table, 0 = exact attention, under either index; L: tables;
+    min_matches: tables in which a sampled token must match; rows: at most this fraction of the middle
+    is sampled, best matches first, None = all that match (the paper's sample); center: "passage",
+    "none" or the path of a calibration file.
+
+    Of signatures alone: bits: of a dimension of a key; row_budget: at most this fraction of the
+    middle's rows is read for all query heads of a kv head together.
+
+    Of both: dense_layers: absolute layer indices that keep the platform's own backend, None = every
+    16th; sink_tokens, window_tokens: always attended; exact_below: a shorter middle is attended exactly
+    (tokens); threads: of the decode kernel, None = the physical cores that this process may use; seed:
+    of all that is random; isa: instruction set of the kernels; host_kv_cache_gib: size of the pinned
+    host pool (CUDA only); check_host_memory: refuse one that exceeds the free RAM.
     """
 
+    index: str = DEFAULT_INDEX
     K: int = 10
     L: int = 150
     min_matches: int = 2
     rows: float | None = None
-    index: str = "buckets"
+    bits: int = 2
+    row_budget: float = 0.02
     dense_layers: tuple[int, ...] | None = None
     sink_tokens: int = 4
     window_tokens: int = 64
@@ -49,18 +60,23 @@ class MagicPigOptions:
 
     @property
     def is_exact(self) -> bool:
-        """K = 0: no hashing at all, exact attention over the same pages."""
+        """K = 0: no index at all, exact attention over the same pages."""
         return self.K == 0
 
     @property
     def num_tables(self) -> int:
-        """Tables whose codes the pages hold and whose buckets are built, 0 in exact mode."""
+        """Tables whose codes the pages hold and whose buckets are built; 0 without buckets."""
         return self.L if self.has_buckets else 0
 
     @property
     def has_buckets(self) -> bool:
-        """Whether matches are looked up in bucket segments."""
-        return not self.is_exact
+        """Whether tokens are sampled by the paper's hash tables."""
+        return self.index == "buckets" and not self.is_exact
+
+    @property
+    def has_signatures(self) -> bool:
+        """Whether tokens are sampled by what their signatures predict."""
+        return self.index == "signatures" and not self.is_exact
 
     @property
     def center_file(self) -> str | None:
@@ -87,7 +103,12 @@ _INT_RANGES = {
     "exact_below": (0, 1 << 30, "0 to 1073741824 tokens"),
     "seed": (0, (1 << 63) - 1, "0 to 2**63 - 1"),
 }
-_INDEXES = ("buckets",)
+_OF_INDEX = {
+    "buckets": ("K", "L", "min_matches", "rows", "center"),
+    "signatures": ("bits", "row_budget"),
+}
+"""Options that the other index does not know; K = 0 is for both."""
+_BITS = (1, 2, 4)
 _ISAS = ("auto", "avx512_vpopcnt", "avx512", "avx2", "portable")
 
 
@@ -116,6 +137,7 @@ def parse_options(additional_config: Any) -> MagicPigOptions:
                 f"magicpig option {name!r} is unknown; allowed are {', '.join(known)}; {hint}"
             )
     options = MagicPigOptions(**{name: _checked(name, value) for name, value in given.items()})
+    _check_index(options.index, given)
     _check_together(options)
     return options
 
@@ -134,6 +156,18 @@ def _check_no_near_miss(additional_config: Mapping[Any, Any]) -> None:
             raise ValueError(
                 f"additional_config has magicpig option {key!r} at its top, but it must be in an "
                 'object under "magicpig"; pass --additional-config \'{"magicpig": {...}}\'.'
+            )
+
+
+def _check_index(index: str, given: Mapping[str, Any]) -> None:
+    """Raises ValueError for an option that was given and belongs to another index than this."""
+    for other, names in _OF_INDEX.items():
+        for name in names:
+            if other == index or name not in given or (name == "K" and given["K"] == 0):
+                continue
+            raise ValueError(
+                f'magicpig option {name} is {given[name]!r}, but belongs to index "{other}" and the '
+                f'index is "{index}"; remove {name}, or set index to "{other}" in --additional-config.'
             )
 
 
@@ -162,12 +196,19 @@ def _checked(name: str, value: Any) -> Any:
     if name == "dense_layers":
         return _dense_layers(value)
     if name in ("isa", "index"):
-        choices = _ISAS if name == "isa" else _INDEXES
+        choices = _ISAS if name == "isa" else tuple(_OF_INDEX)
         if value not in choices:
             raise _wrong(name, value, f"one of {', '.join(choices)}")
         return value
+    if name == "bits":
+        if isinstance(value, bool) or not isinstance(value, int) or value not in _BITS:
+            raise _wrong(name, value, "1, 2 or 4 bits a dimension")
+        return value
     if name == "rows":
-        return _rows(value)
+        allowed = "a fraction of the middle above 0 and up to 1, or null"
+        return None if value is None else _fraction(name, value, allowed)
+    if name == "row_budget":
+        return _fraction(name, value, "a fraction of the middle above 0 and up to 1")
     if name == "center":
         return _center(value)
     if name == "check_host_memory":
@@ -188,11 +229,9 @@ def _integer(name: str, value: Any, low: int, high: int, allowed: str) -> int:
     return value
 
 
-def _rows(value: Any) -> float | None:
-    if value is None:
-        return None
+def _fraction(name: str, value: Any, allowed: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise _wrong("rows", value, "a fraction of the middle above 0 and up to 1, or null")
+        raise _wrong(name, value, allowed)
     return float(value)
 
 

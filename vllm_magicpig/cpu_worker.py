@@ -8,7 +8,7 @@ import torch
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_magicpig import _C, capacity
-from vllm_magicpig.backend import backend_with_codes
+from vllm_magicpig.backend import MagicPigBackend, with_options
 from vllm_magicpig.cpus import builder_cpus, kernel_cpus
 from vllm_magicpig.host_layer import HostLayer
 from vllm_magicpig.huge_pages import huge_page_bytes, renew_on_huge_pages
@@ -17,7 +17,7 @@ from vllm_magicpig.worker import MagicPigWorker, logger
 
 class MagicPigCPUWorker(MagicPigWorker, CPUWorker):
     def _sampled_backend(self) -> type[Any]:
-        return backend_with_codes(self._options.num_tables)
+        return with_options(MagicPigBackend, self._options)
 
     def _kernel_cpus(self) -> list[int]:
         return kernel_cpus(self._options.threads)

@@ -43,7 +43,7 @@ class DecodeBuffers:
         self.key = device.pinned((*kv_heads, shape.head_size), shape.dtype)
         self.value = device.pinned((*kv_heads, shape.head_size), shape.dtype)
         self.query_codes = self.key_codes = None
-        if not options.is_exact:
+        if options.has_buckets:
             self.query_codes = device.pinned((*heads, options.num_tables), torch.uint16)
             self.key_codes = device.pinned((*kv_heads, options.num_tables), torch.uint16)
         self.out = device.pinned((*heads, shape.head_size), torch.float32)
@@ -69,9 +69,9 @@ class PrefillBuffers:
 
         kv_row = (shape.num_kv_heads, shape.head_size)
         self.key_codes = (
-            None
-            if options.is_exact
-            else empty(max_tokens, shape.num_kv_heads, options.num_tables, dtype=torch.uint16)
+            empty(max_tokens, shape.num_kv_heads, options.num_tables, dtype=torch.uint16)
+            if options.has_buckets
+            else None
         )
         self.staging_tokens = STAGING_TOKENS
         self.keys = [empty(self.staging_tokens, *kv_row) for _ in range(2)]

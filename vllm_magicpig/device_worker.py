@@ -11,6 +11,7 @@ from vllm.logger import init_logger
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from vllm_magicpig import _C, capacity
+from vllm_magicpig.backend import with_options
 from vllm_magicpig.device import Device
 from vllm_magicpig.device_backend import DevicePageBackend
 from vllm_magicpig.device_buffers import DeviceBuffers, LayerShape
@@ -119,7 +120,7 @@ class DevicePagesWorker(MagicPigWorker):
         return _C.ThreadPool(self._kernel_cpus(), SPIN_US)
 
     def _sampled_backend(self) -> type[Any]:
-        return DevicePageBackend
+        return with_options(DevicePageBackend, self._options)
 
     def _make_buffers(self, device: Device) -> DeviceBuffers:
         scheduler = self.vllm_config.scheduler_config

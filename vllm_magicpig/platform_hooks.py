@@ -76,7 +76,7 @@ class MagicPigHooks:
             )
         options = parse_options(vllm_config.additional_config)
         _set_block_size(vllm_config.cache_config)
-        check_config(vllm_config)
+        check_config(vllm_config, options)
         cls.check_options(vllm_config, options)
         model = vllm_config.model_config
         if model is not None:

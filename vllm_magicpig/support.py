@@ -5,15 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_magicpig.config import MagicPigOptions
+from vllm_magicpig.signature_reference import BLOCK_TOKENS
 
 HEAD_SIZE_MULTIPLE, MIN_HEAD_SIZE, MAX_HEAD_SIZE = 8, 16, 256
-BLOCK_SIZE_MULTIPLE = 32
+_TILE_TOKENS = 32
 """Codes lie in groups of 32 tokens in a page, and so do vLLM's own CPU pages of dense layers."""
 
 ANOTHER_BACKEND = "choose another --attention-backend for it"
 
 
-def check_config(vllm_config: Any) -> None:
+def block_size_multiple(options: MagicPigOptions) -> int:
+    """Tokens of which a KV block is a multiple: a signature is relative to the mean of 128 keys."""
+    return BLOCK_TOKENS if options.has_signatures else _TILE_TOKENS
+
+
+def check_config(vllm_config: Any, options: MagicPigOptions) -> None:
     """Raises ValueError for a feature of the whole configuration that magicpig cannot serve."""
     model = vllm_config.model_config
     cache = vllm_config.cache_config
@@ -57,10 +63,12 @@ def check_config(vllm_config: Any) -> None:
             "a size of 1 for both",
             "use --tensor-parallel-size instead",
         )
-    if cache.block_size is not None and cache.block_size % BLOCK_SIZE_MULTIPLE:
+    multiple = block_size_multiple(options)
+    if cache.block_size is not None and cache.block_size % multiple:
+        with_index = ' with index "signatures"' if options.has_signatures else ""
         raise refusal(
-            f"block size {cache.block_size}",
-            f"multiples of {BLOCK_SIZE_MULTIPLE}",
+            f"block size {cache.block_size}{with_index}",
+            f"multiples of {multiple}{with_index and ' there'}",
             "pass --block-size 128",
         )
     if model is None:
@@ -89,7 +97,7 @@ def check_config(vllm_config: Any) -> None:
         )
     chunk_size = model.attention_chunk_size
     if chunk_size is not None and cache.block_size is not None and chunk_size % cache.block_size:
-        fits = [size for size in (128, 96, 64, 32) if chunk_size % size == 0]
+        fits = [n for n in (128, 96, 64, 32) if chunk_size % n == 0 and n % multiple == 0]
         raise refusal(
             f"attention chunks of {chunk_size} tokens with block size {cache.block_size}",
             "blocks that divide the chunks",

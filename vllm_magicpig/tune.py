@@ -207,7 +207,7 @@ def parse_candidate(text: str, seed: int) -> MagicPigOptions:
             f"candidate {text!r} is not K,L or K,L,min_matches or K,L,min_matches,rows; write it as "
             "10,150,2 or 10,150,2,0.01."
         )
-    given = dict(zip(_CANDIDATE_FIELDS, values, strict=False)) | {"seed": seed}
+    given = dict(zip(_CANDIDATE_FIELDS, values, strict=False)) | {"seed": seed, "index": "buckets"}
     try:
         options = parse_options({"magicpig": given})
     except ValueError as error:
@@ -225,6 +225,8 @@ def recommended_options(
 ) -> dict[str, Any]:
     """What to write into --additional-config; only what differs from a default but K and L."""
     options: dict[str, Any] = {"K": candidate.K, "L": candidate.L}
+    if candidate.index != MagicPigOptions.index:
+        options["index"] = candidate.index
     if candidate.min_matches != MagicPigOptions.min_matches:
         options["min_matches"] = candidate.min_matches
     if candidate.rows is not None:

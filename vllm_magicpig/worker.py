@@ -122,7 +122,7 @@ class MagicPigWorker:
     def magicpig_save_centers(self, path: str) -> int:
         """Writes the key centres as a calibration file; returns the number of layers.
 
-        Single-rank engines only. Raises ValueError in exact mode, which has none.
+        Single-rank engines only. Raises ValueError in exact mode and with signatures, which have none.
         """
         if self.parallel_config.world_size > 1:
             raise ValueError(
@@ -136,8 +136,8 @@ class MagicPigWorker:
         }
         if not centers:
             raise ValueError(
-                "this engine has no key centres, since K is 0 or no layer is sampled; pass options "
-                "that sample."
+                "this engine has no key centres, which layers sampled by buckets have; set index to "
+                '"buckets" and K above 0.'
             )
         save_centers(path, centers)
         return len(centers)
