@@ -92,7 +92,13 @@ struct Part {
   int num_blocks;
 };
 
-/// What one thread needs, kept from step to step.
+/// Grows a buffer that is kept: what it holds beyond is left from other steps.
+template <class T>
+void at_least(std::vector<T>& buffer, size_t size) {
+  if (buffer.size() < size) buffer.resize(size);
+}
+
+/// What one thread needs, kept from step to step; buffers hold at least what a step needs.
 struct alignas(128) Scratch {
   std::vector<const uint8_t*> rows;
   std::vector<int32_t> products;        // of static keys
@@ -101,7 +107,8 @@ struct alignas(128) Scratch {
   std::vector<int16_t> powers;          // what a head adds up
   std::vector<float> units, shrinkage;  // of the tables
   std::vector<int> log_normaliser;
-  std::vector<int32_t> listed;
+  std::vector<int32_t> listed;  // the first num_listed
+  size_t num_listed = 0;
   std::vector<int16_t> log_chances;
   std::vector<float> costs;
   std::vector<SignatureScale> scales;  // of a sampled tile
@@ -173,20 +180,19 @@ class SignatureSampler final : public Sampler {
       const Timed timed(s);
       list(group, part.tokens, s);
     }
-    const int size = static_cast<int>(s.listed.size());
     const int32_t* blocks = step_->requests.blocks(part.request);
     const NoiseTable& noise = NoiseTable::instance();
-    s.rows.resize(s.listed.size());
-    s.costs.resize(s.listed.size() + kMaxLanes);
-    for (size_t i = 0; i < s.listed.size(); ++i) {
+    at_least(s.rows, s.num_listed);
+    at_least(s.costs, s.num_listed + kMaxLanes);
+    for (size_t i = 0; i < s.num_listed; ++i) {
       s.rows[i] = step_->pages.row(blocks, part.kv_head, s.listed[i]);
       s.costs[i] = noise.cost(s.log_chances[i]);
     }
     args.rows = s.rows.data();
-    args.num_rows = size;
+    args.num_rows = static_cast<int>(s.num_listed);
     args.costs = s.costs.data();
     kernels_.attend(args);
-    std::fill(rows, rows + args.num_heads, size);
+    std::fill(rows, rows + args.num_heads, args.num_rows);
   }
 
   void report(DecodeOutput& output) const override {
@@ -199,7 +205,7 @@ class SignatureSampler final : public Sampler {
     Scratch& s = scratch(0);
     list(group, group.middle, s);
     std::vector<Listed> found;
-    for (size_t i = 0; i < s.listed.size(); ++i) found.push_back({s.listed[i], s.log_chances[i]});
+    for (size_t i = 0; i < s.num_listed; ++i) found.push_back({s.listed[i], s.log_chances[i]});
     return found;
   }
 
@@ -271,7 +277,7 @@ class SignatureSampler final : public Sampler {
     const float* queries = step_->queries_of(group.request, group.kv_head);
     const float units = static_cast<float>(static_cast<double>(step_->scale) * kUnits);
     for (size_t i = 0; i < heads * head_size; ++i) group.queries[i] = queries[i] * units;
-    s.units.resize(heads);
+    at_least(s.units, heads);
     kernels_.signature_tables(layout_, pool_.signs(), group.queries, static_cast<int>(heads),
                               group.entries, s.units.data());
     products_of_static_keys(group, s);
@@ -294,21 +300,21 @@ class SignatureSampler final : public Sampler {
   void products_of_static_keys(const Group& group, Scratch& s) {
     const int size = num_static(group);
     const int32_t* blocks = step_->requests.blocks(group.request);
-    s.rows.resize(static_cast<size_t>(size));
+    at_least(s.rows, static_cast<size_t>(size));
     for (int i = 0; i < size; ++i) {
       const int token = i < group.middle.begin ? i : i + group.middle.size();
       s.rows[static_cast<size_t>(i)] = step_->pages.row(blocks, group.kv_head, token);
     }
-    s.products.resize(static_cast<size_t>(size) * step_->group());
+    at_least(s.products, static_cast<size_t>(size) * step_->group());
     kernels_.row_products(step_->pages.layout().row_type, layout_.head_size, s.rows.data(), size,
                           group.queries, static_cast<int>(step_->group()), s.products.data());
   }
 
   void products_of_means(const Group& group, Scratch& s) {
-    s.rows.resize(static_cast<size_t>(group.num_blocks));
+    at_least(s.rows, static_cast<size_t>(group.num_blocks));
     for (int b = 0; b < group.num_blocks; ++b)
       s.rows[static_cast<size_t>(b)] = group.blocks[b] + layout_.header();
-    s.means.resize(static_cast<size_t>(group.num_blocks) * step_->group());
+    at_least(s.means, static_cast<size_t>(group.num_blocks) * step_->group());
     kernels_.row_products(RowType::bfloat16, layout_.head_size, s.rows.data(), group.num_blocks,
                           group.queries, static_cast<int>(step_->group()), s.means.data());
   }
@@ -351,9 +357,9 @@ class SignatureSampler final : public Sampler {
   void score_sampled_tiles(const Group& group, Scratch& s) {
     const size_t heads = step_->group();
     const int k = num_sampled(group);
-    s.scores.resize(static_cast<size_t>(k) * heads * kSignatureTile);
+    at_least(s.scores, static_cast<size_t>(k) * heads * kSignatureTile);
     std::vector<SignatureScale>& scales = s.scales;
-    scales.resize(heads);
+    at_least(scales, heads);
     for (int i = 0; i < k; ++i) {
       const int tile = sampled_tile(group, i);
       const uint8_t* block = group.blocks[tile / 2];
@@ -376,7 +382,7 @@ class SignatureSampler final : public Sampler {
     }
     error = error / static_cast<float>(group.num_blocks * kSignatureBlock);
     const int k = num_sampled(group);
-    s.shrinkage.resize(heads);
+    at_least(s.shrinkage, heads);
     clear_outside(group, s);
     for (size_t h = 0; h < heads; ++h) {
       const int64_t squares =
@@ -418,7 +424,7 @@ class SignatureSampler final : public Sampler {
     const int k = num_sampled(group), size = num_static(group);
     const float stands_for = static_cast<float>(static_cast<double>(group.middle.size()) /
                                                 static_cast<double>(s.num_inside));
-    s.log_normaliser.resize(step_->group());
+    at_least(s.log_normaliser, step_->group());
     for (size_t h = 0; h < step_->group(); ++h) {
       const int32_t* products = s.products.data() + h * static_cast<size_t>(size);
       const int static_top = *std::max_element(products, products + size);
@@ -427,7 +433,7 @@ class SignatureSampler final : public Sampler {
         reference = std::max(reference, base(group, s, sampled_tile(group, i) / 2, h));
       const int multiplier =
           std::min(static_cast<int>(std::nearbyint(s.shrinkage[h] * 32768.0f)), 32767);
-      s.powers.resize(static_cast<size_t>(k) * kSignatureTile);
+      at_least(s.powers, static_cast<size_t>(k) * kSignatureTile);
       int top = -32768;
       for (int i = 0; i < k; ++i) {
         const int tile = sampled_tile(group, i);
@@ -442,7 +448,7 @@ class SignatureSampler final : public Sampler {
         top = std::max(top, largest);
       }
       const float sampled = kernels_.sum_of_powers(s.powers.data(), k * kSignatureTile, top);
-      s.powers.resize(static_cast<size_t>(size));
+      at_least(s.powers, static_cast<size_t>(size));
       for (int i = 0; i < size; ++i)
         s.powers[static_cast<size_t>(i)] = saturated(products[i] - static_top);
       const float exact = kernels_.sum_of_powers(s.powers.data(), size, 0);
@@ -485,9 +491,9 @@ class SignatureSampler final : public Sampler {
   /// Of the range, which lies in the middle, into s.listed and s.log_chances.
   void list(const Group& group, TokenRange range, Scratch& s) const {
     const int begin = range.begin / kSignatureTile, end = divide_up(range.end, kSignatureTile);
-    s.listed.resize(static_cast<size_t>(end - begin + 1) * kSignatureTile);
-    s.log_chances.resize(s.listed.size());
-    size_t size = 0;
+    at_least(s.listed, static_cast<size_t>(end - begin + 1) * kSignatureTile);
+    at_least(s.log_chances, s.listed.size());
+    s.num_listed = 0;
     for (int tile = begin; tile < end;) {
       // The noise runs on till the table's end, and starts elsewhere with every 65,536 tokens.
       constexpr int kTiles = kNoiseEntries / kSignatureTile;
@@ -505,13 +511,11 @@ class SignatureSampler final : public Sampler {
       choice.tokens = range;
       choice.log_scale = group.log_scale;
       choice.floor = group.floor;
-      choice.listed = s.listed.data() + size;
-      choice.log_chances = s.log_chances.data() + size;
-      size += static_cast<size_t>(kernels_.signature_choose(choice));
+      choice.listed = s.listed.data() + s.num_listed;
+      choice.log_chances = s.log_chances.data() + s.num_listed;
+      s.num_listed += static_cast<size_t>(kernels_.signature_choose(choice));
       tile += run;
     }
-    s.listed.resize(size);
-    s.log_chances.resize(size);
   }
 
   const SignatureRule& rule_;

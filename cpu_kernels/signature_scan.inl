@@ -68,8 +68,10 @@ inline void products_of_heads(int head_size, const uint8_t* const* rows, int num
     Sum16 sums[kHeads];
     for_each_vector(head_size, [&](int d, auto lanes) {
       const Vec k = load_row(Element{}, rows[r] + d * Element::kBytes, lanes);
+#pragma GCC unroll 4
       for (int h = 0; h < kHeads; ++h) sums[h].add(d, k * load(queries + h * head_size + d, lanes));
     });
+#pragma GCC unroll 4
     for (int h = 0; h < kHeads; ++h) products[h * num_rows + r] = rounded_units(sums[h].total());
   }
 }
@@ -102,30 +104,40 @@ void row_products(RowType type, int head_size, const uint8_t* const* rows, int n
 
 /// Adds the table entries of a plane of bits, for heads one after another.
 template <int kHeads>
-inline void plane_sums(const uint8_t* codes, int bytes, const int8_t* entries, size_t stride,
-                       ByteTile (&sums)[kHeads]) {
+MAGICPIG_INLINE void plane_sums(const uint8_t* codes, int bytes, const int8_t* entries,
+                                size_t stride, ByteTile (&to)[kHeads]) {
+  ByteTile sums[kHeads];  // in registers
+#pragma GCC unroll 4
   for (int h = 0; h < kHeads; ++h) sums[h] = zero_bytes();
   for (int byte = 0; byte < bytes; ++byte, codes += kSignatureTile) {
     const ByteTile code = load_bytes(codes);
     const ByteTile low = low_nibbles(code);
+#pragma GCC unroll 4
     for (int h = 0; h < kHeads; ++h) add_entries(sums[h], load_entries(entries + 16 * h), low);
     entries += stride;
     const ByteTile high = high_nibbles(code);
+#pragma GCC unroll 4
     for (int h = 0; h < kHeads; ++h) add_entries(sums[h], load_entries(entries + 16 * h), high);
     entries += stride;
   }
+#pragma GCC unroll 4
+  for (int h = 0; h < kHeads; ++h) to[h] = sums[h];
 }
 
 /// signature_scores.table_sums of a tile, shifted; entries: of the first head.
 template <int kBits, int kHeads>
-inline void tile_sums(const SignatureLayout& layout, const int8_t* entries, size_t stride,
-                      const uint8_t* tile, ShortTile (&sums)[kHeads]) {
+MAGICPIG_INLINE void tile_sums(const SignatureLayout& layout, const int8_t* entries, size_t stride,
+                               const uint8_t* tile, ShortTile (&sums)[kHeads]) {
   const int bytes = layout.sum_dimensions() / 8;
   const int num_sums = layout.size / layout.sum_dimensions();
+#pragma GCC unroll 4
+  for (int h = 0; h < kHeads; ++h) sums[h] = all_shorts(0);
   for (int s = 0; s < num_sums; ++s) {
     ByteTile planes[kBits][kHeads];  // the highest bit first
+#pragma GCC unroll 4
     for (int bit = 0; bit < kBits; ++bit, tile += bytes * kSignatureTile)
       plane_sums<kHeads>(tile, bytes, entries, stride, planes[bit]);
+#pragma GCC unroll 4
     for (int h = 0; h < kHeads; ++h) {
       ShortTile sum;
       if constexpr (kBits == 1)
@@ -135,14 +147,15 @@ inline void tile_sums(const SignatureLayout& layout, const int8_t* entries, size
       else
         sum = add(weighted_sum(planes[0][h], planes[1][h], 8, 4),
                   weighted_sum(planes[2][h], planes[3][h], 2, 1));
-      sums[h] = s == 0 ? sum : add(sums[h], sum);
+      sums[h] = add(sums[h], sum);
     }
     entries += static_cast<size_t>(2 * bytes) * stride;
   }
+#pragma GCC unroll 4
   for (int h = 0; h < kHeads; ++h) sums[h] = shift_left(sums[h], layout.sum_shift());
 }
 
-inline ShortTile scaled(ShortTile sums, const ShortTile& factors, SignatureScale scale) {
+MAGICPIG_INLINE ShortTile scaled(ShortTile sums, const ShortTile& factors, SignatureScale scale) {
   const ShortTile factor = rounded_product(factors, all_shorts(scale.multiplier));
   ShortTile score = rounded_product(sums, factor);
   if (scale.exponent == 0) return score;
@@ -151,11 +164,12 @@ inline ShortTile scaled(ShortTile sums, const ShortTile& factors, SignatureScale
 }
 
 template <int kBits, int kHeads>
-inline void scores_of_heads(const SignatureLayout& layout, const int8_t* entries, size_t stride,
-                            const uint8_t* tile, const SignatureScale* scales,
-                            ShortTile (&scores)[kHeads]) {
+MAGICPIG_INLINE void scores_of_heads(const SignatureLayout& layout, const int8_t* entries,
+                                     size_t stride, const uint8_t* tile,
+                                     const SignatureScale* scales, ShortTile (&scores)[kHeads]) {
   tile_sums<kBits, kHeads>(layout, entries, stride, tile, scores);
   const ShortTile factors = load_shorts(tile + layout.tile_bytes() - 2 * kSignatureTile);
+#pragma GCC unroll 4
   for (int h = 0; h < kHeads; ++h) scores[h] = scaled(scores[h], factors, scales[h]);
 }
 
@@ -183,6 +197,7 @@ inline void scores_of(const SignatureLayout& layout, const int8_t* entries, int 
     ShortTile found[kHeads];
     scores_of_heads<kBits, kHeads>(layout, entries + 16 * head, 16 * static_cast<size_t>(num_heads),
                                    tile, scales + head, found);
+#pragma GCC unroll 4
     for (int h = 0; h < kHeads; ++h) store_shorts(scores + (head + h) * kSignatureTile, found[h]);
   });
 }
@@ -203,13 +218,14 @@ void signature_scores(const SignatureLayout& layout, const int8_t* entries, int 
 
 /// A of a tile over some heads, and of what is there already.
 template <int kBits, int kHeads>
-inline void scan_tile(const SignatureScan& scan, int head, const uint8_t* tile,
-                      const SignatureScale* scales, int16_t* asked) {
+MAGICPIG_INLINE void scan_tile(const SignatureScan& scan, int head, const uint8_t* tile,
+                               const SignatureScale* scales, int16_t* asked) {
   ShortTile scores[kHeads];
   scores_of_heads<kBits, kHeads>(*scan.layout, scan.entries + 16 * head,
                                  16 * static_cast<size_t>(scan.num_heads), tile, scales + head,
                                  scores);
   ShortTile most = add_saturated(scores[0], all_shorts(scales[head].offset));
+#pragma GCC unroll 4
   for (int h = 1; h < kHeads; ++h)
     most = maximum(most, add_saturated(scores[h], all_shorts(scales[head + h].offset)));
   store_shorts(asked, head == 0 ? most : maximum(most, load_shorts(asked)));
