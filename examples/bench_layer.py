@@ -47,6 +47,7 @@ BUCKETS = [Config(10, 150), Config(9, 120), Config(8, 75)]
 def options_of(config: Config) -> MagicPigOptions:
     """What a server would run it with."""
     return MagicPigOptions(
+        index="buckets",
         K=config.K,
         L=config.L,
         min_matches=MIN_MATCHES,

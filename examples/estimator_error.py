@@ -159,7 +159,13 @@ def _loaded(given: argparse.Namespace) -> Iterator[Case]:
 
 
 def _options(options: argparse.ArgumentParser, given: argparse.Namespace) -> MagicPigOptions:
-    chosen = {"K": given.K, "L": given.L, "min_matches": given.min_matches, "exact_below": 0}
+    chosen = {
+        "index": "buckets",
+        "K": given.K,
+        "L": given.L,
+        "min_matches": given.min_matches,
+        "exact_below": 0,
+    }
     try:
         return parse_options({"magicpig": chosen})
     except ValueError as error:

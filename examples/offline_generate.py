@@ -28,7 +28,7 @@ def main() -> None:
     llm = LLM(
         model,
         attention_backend="magicpig",
-        additional_config={"magicpig": {"K": 10, "L": 150}},
+        additional_config={"magicpig": {"index": "buckets", "K": 10, "L": 150}},
         max_model_len=max(LENGTHS) + 512,
         kv_cache_memory_bytes=2 << 30,
         enforce_eager=True,

@@ -19,7 +19,7 @@ from ruler_score import SCORE_FROM
 from ruler_tasks import QaEntry, families
 
 from vllm_magicpig.accuracy.methods import METHODS
-from vllm_magicpig.config import parse_options
+from vllm_magicpig.config import DEFAULT_INDEX, parse_options
 
 BUILT_IN = Path(".models") / "recall"
 ENGINES = ("vllm", "transformers", "url")
@@ -74,8 +74,14 @@ class Settings:
     output: Path
 
     @property
+    def has_signatures(self) -> bool:
+        return self.options.get("index", DEFAULT_INDEX) == "signatures"
+
+    @property
     def magicpig_options(self) -> dict[str, Any]:
-        """Of the engine: the options with the row budget."""
+        """Of the engine: the options with the row budget, by the name that the index has for it."""
+        if self.has_signatures:
+            return self.options | {"row_budget": self.rows}
         return self.options | ({"rows": self.rows} if self.rows else {})
 
 
@@ -111,7 +117,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
                      help="several in turn, such as vllm:magicpig,transformers:top-k")  # fmt: skip
     how.add_argument("--rows", type=float, default=0.02,
                      help="budget of every method that has one, as a fraction of the middle's rows; 0 "
-                     "leaves magicpig the paper's sample; default %(default)s")  # fmt: skip
+                     "leaves magicpig's buckets the paper's sample; default %(default)s")  # fmt: skip
     how.add_argument("--options", type=json_object, default={}, help="JSON, magicpig's own")
     how.add_argument("--engine-args", type=json_object, default={},
                      help="JSON, further arguments of vLLM's LLM")  # fmt: skip
@@ -130,8 +136,9 @@ def parse(description: str, argv: Sequence[str] | None = None) -> Settings:
     parser = _parser(description)
     given = parser.parse_args(argv)
     methods = _methods(given, parser.error)
-    if "rows" in given.options:
-        parser.error("--options has 'rows', which --rows gives; remove it from --options.")
+    for name in ("rows", "row_budget"):
+        if name in given.options:
+            parser.error(f"--options has {name!r}, which --rows gives; remove it from --options.")
     if not 0 <= given.rows <= 1:
         parser.error(f"--rows is {given.rows:g}, but must be a fraction from 0 to 1.")
     if given.protocol == "sparse" and any(method.engine == "url" for method in methods):

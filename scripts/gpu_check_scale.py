@@ -107,7 +107,7 @@ class Scale:
 # Dummy weights are small random numbers, so that all keys are about as far from a query: cosines are
 # normal with a spread of 1 / sqrt(head_dim). K = 10 and L = 170 then sample 2.0 % of the middle
 # (cost_model._mean_over_cosines); the default L = 150 samples 1.6 % of it, and 2.1 % of real text.
-SPEED_TABLES: dict[str, Any] = {"K": 10, "L": 170}
+SPEED_TABLES: dict[str, Any] = {"index": "buckets", "K": 10, "L": 170}
 
 FIRST_STAGE_S, SECOND_STAGE_S = 225.0, 430.0
 """Of a whole stage. A command that also unpacks vLLM and installs a wheel (45 s) then stays within

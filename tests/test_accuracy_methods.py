@@ -29,7 +29,14 @@ from vllm_magicpig.projection import Projection
 
 SCALE = 0.3
 OPTIONS = MagicPigOptions(
-    K=4, L=30, sink_tokens=3, window_tokens=8, exact_below=0, dense_layers=(), center="none"
+    index="buckets",
+    K=4,
+    L=30,
+    sink_tokens=3,
+    window_tokens=8,
+    exact_below=0,
+    dense_layers=(),
+    center="none",
 )
 SETTINGS = [(4, 30), (10, 150)]
 SAMPLES = [(setting, rows) for setting in SETTINGS for rows in (0.0, 0.02, 0.3, 1.0)]

@@ -31,7 +31,7 @@ from vllm_magicpig.accuracy.transformers_attention import (
 from vllm_magicpig.config import MagicPigOptions
 
 OPTIONS = MagicPigOptions(
-    K=4, L=30, sink_tokens=2, window_tokens=16, exact_below=0, dense_layers=()
+    index="buckets", K=4, L=30, sink_tokens=2, window_tokens=16, exact_below=0, dense_layers=()
 )
 SMALL = {
     "vocab_size": 101,

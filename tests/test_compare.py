@@ -311,12 +311,12 @@ def test_budget_on_a_gpu() -> None:
 
 def test_both_engines_get_the_same_but_for_the_backend() -> None:
     settings = parse(
-        ["--options", '{"K": 9}', "--layers", "2", "--engine-args", '{"dtype": "half"}']
+        ["--options", '{"threads": 1}', "--layers", "2", "--engine-args", '{"dtype": "half"}']
     )
     budget = {"kv_cache_memory_bytes": 1}
     ours = engine_arguments(settings, budget, "magicpig", "folder", 100)
     dense = engine_arguments(settings, budget, "CPU_ATTN", "folder", 100)
-    assert ours.pop("additional_config") == {"magicpig": {"K": 9}}
+    assert ours.pop("additional_config") == {"magicpig": {"threads": 1}}
     assert (ours.pop("attention_backend"), dense.pop("attention_backend")) == (
         "magicpig",
         "CPU_ATTN",

@@ -203,7 +203,7 @@ def test_options_outside_their_object_are_not_left_unread() -> None:
 def test_other_plugins_keys_are_theirs_and_the_compile_key_is_ours() -> None:
     assert parse_options({COMPILE_KEY: {"K": 3}}) == MagicPigOptions()
     assert parse_options({"magic": 1, "pig": {"K": 3}, "magnet": 2}) == MagicPigOptions()
-    assert parse_options({"magicpig": {"K": 3}, "magic_pig": 1, "seed": 5}).K == 3
+    assert parse_options({"magicpig": {"threads": 3}, "magic_pig": 1, "seed": 5}).threads == 3
 
 
 def test_the_options_must_be_an_object() -> None:
@@ -214,4 +214,4 @@ def test_the_options_must_be_an_object() -> None:
 def test_center_takes_an_existing_file(tmp_path: Path) -> None:
     file = tmp_path / "centers.safetensors"
     file.touch()
-    assert parse(center=str(file)).center == str(file)
+    assert parse(index="buckets", center=str(file)).center == str(file)

@@ -21,7 +21,7 @@ from vllm_magicpig.config import MagicPigOptions
 from vllm_magicpig.cost_model import GPUS, MODELS, Constants, Gpu, Host, ModelShape
 
 LLAMA = MODELS["llama-3.1-8b"]
-DEFAULTS = MagicPigOptions()
+DEFAULTS = MagicPigOptions(index="buckets")
 HOST = Host.assumed(300, 48, 256)
 GPU = GPUS["L20"]
 
@@ -75,7 +75,14 @@ def test_a_shard() -> None:
 TINY = ModelShape("tiny", 2, 64, 128, 4, 2, 32, 100)
 # Layer 0 is dense, layer 1 sampled; 1 bit and 2 tables keep the probabilities countable.
 TINY_OPTIONS = MagicPigOptions(
-    K=1, L=2, min_matches=1, dense_layers=(0,), sink_tokens=4, window_tokens=6, exact_below=100
+    index="buckets",
+    K=1,
+    L=2,
+    min_matches=1,
+    dense_layers=(0,),
+    sink_tokens=4,
+    window_tokens=6,
+    exact_below=100,
 )
 TINY_GPU = Gpu("tiny", 1, hbm_gbs=2, pcie_gbs=4)
 TINY_HOST = Host(
@@ -310,7 +317,9 @@ def test_collisions_do_not_jump_where_the_derivation_changes() -> None:
 
 
 @pytest.mark.parametrize("fraction", [1e-4, 0.005, 0.02, 0.1, 0.3])
-@pytest.mark.parametrize("options", [DEFAULTS, MagicPigOptions(K=8, L=75, min_matches=3)])
+@pytest.mark.parametrize(
+    "options", [DEFAULTS, MagicPigOptions(index="buckets", K=8, L=75, min_matches=3)]
+)
 def test_a_sampled_token_collides_min_matches_times_at_least(
     options: MagicPigOptions, fraction: float
 ) -> None:
@@ -322,7 +331,10 @@ def test_one_spread_of_cosines_explains_three_measured_settings() -> None:
     """(K, L) = (10, 150), (9, 120), (8, 75) sampled 2.1, 4.2, 5.4 % of the tokens of eight simulated
     geometries: figures of two digits. The spreads that round to the first give intervals that hold
     values rounding to the others."""
-    settings_ = [MagicPigOptions(K=k, L=length) for k, length in ((10, 150), (9, 120), (8, 75))]
+    settings_ = [
+        MagicPigOptions(index="buckets", K=k, L=length)
+        for k, length in ((10, 150), (9, 120), (8, 75))
+    ]
 
     def sampled(spread: float, options: MagicPigOptions) -> float:
         return model._mean_over_cosines(spread, options).sampled
@@ -340,7 +352,7 @@ def test_means_over_cosines_are_those_of_hashed_keys() -> None:
     """Sample and collisions of keys whose cosines with a query are normal, hashed by the reference.
     Keys of one draw share hyperplanes, so the 60 draws are the independent ones: four standard
     errors of their mean, fixed seeds."""
-    options = MagicPigOptions(K=4, L=20)
+    options = MagicPigOptions(index="buckets", K=4, L=20)
     spread, head_size, num_keys, draws = 0.2, 32, 500, 60
     sampled, collisions = [], []
     for seed in range(draws):
@@ -548,7 +560,7 @@ def test_no_plot_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def measured(error: float = 0.0) -> dict[str, Any]:
     """A report whose times are the model's own, but for an error of its predictions."""
-    options = {"dense_layers": [0, 1], "K": 9, "L": 120}
+    options = {"dense_layers": [0, 1], "index": "buckets", "K": 9, "L": 120}
     native = MagicPigOptions(dense_layers=(0, 1), K=9, L=120)
     constants = {"callback_us": 31.0}
     found = step(

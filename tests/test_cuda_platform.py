@@ -84,7 +84,7 @@ except RuntimeError as error:
     results["driver"] = str(error)
 
 c = config()
-c.cache_config.block_size, c.cache_config.user_specified_block_size = 64, True
+c.cache_config.block_size, c.cache_config.user_specified_block_size = 256, True
 P.check_and_update_config(c)
 P.update_block_size_for_backend(c)
 results["block size of the user"] = c.cache_config.block_size
@@ -111,7 +111,7 @@ def test_choosing_magicpig_takes_its_worker_one_block_table_and_larger_blocks(
 
 
 def test_a_block_size_of_the_users_stays(results: dict[str, Any]) -> None:
-    assert results["block size of the user"] == 64
+    assert results["block size of the user"] == 256
 
 
 def test_with_another_backend_chosen_nothing_changes(results: dict[str, Any]) -> None:

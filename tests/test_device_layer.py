@@ -26,7 +26,7 @@ from vllm_magicpig.projection import Projection
 
 HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, NUM_BLOCKS, MAX_REQS = 4, 2, 64, 128, 64, 8
 SCALE = HEAD_SIZE**-0.5
-OPTIONS = MagicPigOptions(K=6, L=40, exact_below=256)
+OPTIONS = MagicPigOptions(index="buckets", K=6, L=40, exact_below=256)
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 """Outputs are of size 4 at most and are rounded once by the kernel's own dtype and once at the end;
 float32: the kernels' sums over a few thousand tokens."""

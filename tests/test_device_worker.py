@@ -142,7 +142,9 @@ def test_the_check_can_be_switched_off_where_ram_grows_as_it_is_used(
 
 def with_pool(num_blocks: int, max_model_len: int = 4096) -> Worker:
     """A worker whose sampled layers have their pages; max_model_len: once the cache is sized."""
-    worker = Worker({"K": 4, "L": 20, "exact_below": 100, "host_kv_cache_gib": 0.05})
+    worker = Worker(
+        {"index": "buckets", "K": 4, "L": 20, "exact_below": 100, "host_kv_cache_gib": 0.05}
+    )
     worker.determine_available_memory()
     worker.vllm_config.model_config.max_model_len = max_model_len
     worker._isa, worker._pool = _C.resolve_isa("auto"), worker._make_pool()

@@ -104,7 +104,7 @@ FACTS: dict[str, Any] = {
         "callback_us": 8.0,
     },
 }
-OPTIONS = MagicPigOptions(K=10, L=170)
+OPTIONS = MagicPigOptions(index="buckets", K=10, L=170)
 
 
 def test_a_case_is_read_from_what_the_engine_reported() -> None:

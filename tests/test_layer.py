@@ -18,7 +18,7 @@ from vllm_magicpig.projection import Projection
 from vllm_magicpig.step import Chunk, Step
 
 HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, NUM_BLOCKS = 4, 2, 64, 128, 64
-OPTIONS = MagicPigOptions(K=6, L=40, exact_below=256)
+OPTIONS = MagicPigOptions(index="buckets", K=6, L=40, exact_below=256)
 
 
 class Layer:

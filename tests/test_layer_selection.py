@@ -49,7 +49,7 @@ def engine_config(tmp_path_factory: pytest.TempPathFactory) -> VllmConfig:
         architectures=["LlamaForCausalLM"], dtype="bfloat16",
     ).save_pretrained(folder)  # fmt: skip
     arguments = EngineArgs(
-        model=str(folder), skip_tokenizer_init=True, attention_backend="magicpig", block_size=32
+        model=str(folder), skip_tokenizer_init=True, attention_backend="magicpig", block_size=128
     )
     return arguments.create_engine_config()
 

@@ -35,7 +35,7 @@ def config(center: str, backend: str = "MAGICPIG") -> Any:
         attention_config=SimpleNamespace(
             backend=SimpleNamespace(name=backend), backend_per_kind={}
         ),
-        additional_config={"magicpig": {"center": center}},
+        additional_config={"magicpig": {"index": "buckets", "center": center}},
         speculative_config=None,
         kv_transfer_config=None,
         cache_config=SimpleNamespace(

@@ -22,6 +22,24 @@ from ruler_prompt import Request
 
 
 @pytest.mark.parametrize(
+    ("index", "rows", "budget"),
+    [
+        ("buckets", "0.03", {"rows": 0.03}),
+        ("buckets", "0", {}),
+        ("signatures", "0.03", {"row_budget": 0.03}),
+    ],
+)
+def test_the_budget_has_the_name_of_the_index(
+    index: str, rows: str, budget: dict[str, float], tmp_path: Path
+) -> None:
+    options = json.dumps({"index": index})
+    settings = ruler_arguments.parse(
+        "", ["--model", "x", "--options", options, "--rows", rows, "--output", str(tmp_path)]
+    )
+    assert settings.magicpig_options == {"index": index} | budget
+
+
+@pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--tasks", "recall_neddle"], "task 'recall_neddle' is unknown; .*'recall_needle'"),
@@ -39,6 +57,8 @@ from ruler_prompt import Request
         (["--compare", "vllm:dense", "--backend", "dense"], "names the methods itself"),
         (["--url", "http://x", "--protocol", "sparse"], "a server prefills every token"),
         (["--options", '{"rows": 0.1}'], "'rows', which --rows gives"),
+        (["--options", '{"row_budget": 0.1}'], "'row_budget', which --rows gives"),
+        (["--options", '{"index": "signatures"}', "--rows", "0"], "option row_budget is 0.0, but"),
         (["--options", '{"k": 9}'], "magicpig option 'k' is unknown"),
         (["--rows", "2"], "--rows is 2, but must be a fraction from 0 to 1"),
         (["--lengths", "4096,0"], "'0' is not a whole number from 1 up"),

@@ -32,7 +32,7 @@ LAUNCHES: dict[str, Callable[..., Launch]] = {
     "merge_into": merge.merge_into_launch,
 }
 OPTIONS = {
-    "buckets": MagicPigOptions(K=6, L=37, exact_below=256),
+    "buckets": MagicPigOptions(index="buckets", K=6, L=37, exact_below=256),
     "exact": MagicPigOptions(K=0),
 }
 

@@ -66,7 +66,9 @@ def test_figures_are_those_of_the_reference(tmp_path: Path, rows: float | None) 
     layer = captured_layer(0)
     center = mean_key([layer])
     save_centers(tmp_path / "center", {5: center})
-    options = MagicPigOptions(K=6, L=40, rows=rows, center=str(tmp_path / "center"), seed=3)
+    options = MagicPigOptions(
+        index="buckets", K=6, L=40, rows=rows, center=str(tmp_path / "center"), seed=3
+    )
     (figures,) = measure(layer, [options])
     seed = reference.layer_seed(options.seed, layer.layer_index)
     directions = reference.hyperplanes(32, options.L, options.K, seed)
@@ -321,7 +323,7 @@ def test_a_wrong_candidate_is_named(text: str, sentence: str) -> None:
 
 def test_a_candidate_is_what_the_engine_would_make_of_it() -> None:
     assert parse_candidate("9,120,3,0.01", 7) == MagicPigOptions(
-        K=9, L=120, min_matches=3, rows=0.01, seed=7
+        index="buckets", K=9, L=120, min_matches=3, rows=0.01, seed=7
     )
 
 

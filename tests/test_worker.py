@@ -92,7 +92,7 @@ def test_exact_mode_has_no_builder() -> None:
 
 
 def test_the_builder_is_there_for_the_layers_and_ends_before_the_pages_go() -> None:
-    worker = Worker({})
+    worker = Worker({"index": "buckets"})
     before = set(os.listdir("/proc/self/task"))
     worker.initialize_from_config(None)
     started = set(os.listdir("/proc/self/task")) - before
@@ -132,7 +132,7 @@ def host_layer(worker: Worker, options: dict[str, Any]) -> MagicPigImpl:
 
 
 def test_what_warm_up_stored_and_counted_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"magicpig": {"K": 4, "L": 20, "exact_below": 100}}
+    options = {"magicpig": {"index": "buckets", "K": 4, "L": 20, "exact_below": 100}}
     worker = Worker(options["magicpig"])
     worker._num_dense_layers = lambda: 0  # type: ignore[method-assign]
     worker.initialize_from_config(None)

@@ -308,7 +308,7 @@ def sampled_step(
         raise ValueError(
             f"a context of {context:,} tokens with K = {options.K} and exact_below = "
             f"{options.exact_below:,} is attended exactly, but the model covers sampled decoding; "
-            "ask for a longer context, or K of 1 to 15."
+            "ask for a longer context, or K of 2 to 15."
         )
     num_sparse = _num_sparse_layers(model, options)
     step = _gpu_step(model, model.num_layers - num_sparse, gpu, batch, context, constants)

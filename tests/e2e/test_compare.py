@@ -35,7 +35,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         *("--config", str(folder / "config.json")),
         *("--lengths", f"{SHORT},{LONG}", "--requests", "2"),
         *("--output-tokens", str(OUTPUT_TOKENS)),
-        *("--options", '{"L": 40, "dense_layers": [0]}'),
+        *("--options", '{"index": "buckets", "L": 40, "dense_layers": [0]}'),
         *("--engine-args", '{"enforce_eager": true}'),
         *("--kv-cache-gib", str(KV_CACHE_BYTES / 2**30)),
         *("--output", str(folder / "out")),

@@ -56,7 +56,13 @@ def test_sampling_gives_the_answers_of_the_cpu_platforms_path(tmp_path: Path) ->
     """Same hyperplanes, centre and pages: in float32 both paths draw the same samples, but for codes
     whose projection is within rounding of zero."""
     model = write_random_model("llama", tmp_path / "llama")
-    options: dict[str, Any] = {"dense_layers": [0], "K": 7, "L": 60, "exact_below": 512}
+    options: dict[str, Any] = {
+        "dense_layers": [0],
+        "index": "buckets",
+        "K": 7,
+        "L": 60,
+        "exact_below": 512,
+    }
     answers, stats = [], []
     for arguments in ({}, ON_FAKE_DEVICE):
         serve = SERVE | {"dtype": "float32", **arguments}

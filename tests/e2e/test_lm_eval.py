@@ -42,6 +42,6 @@ def test_the_harness_decodes_by_sampling(tmp_path: Path) -> None:
     short = ",".join(f"{name}={value}" for name, value in arguments.items())
     assert _score(short, tmp_path / "centred") == 1.0
     # Dense attention knows nothing of this option and would go on answering rightly.
-    options = {"rows": 0.02, "center": "none"}
+    options = {"index": "buckets", "rows": 0.02, "center": "none"}
     nested = json.dumps(arguments | {"additional_config": {"magicpig": options}})
     assert _score(nested, tmp_path / "uncentred") < 0.5

@@ -151,12 +151,16 @@ def spy() -> SampleSpy:
 def sampled(model: Path, spy: SampleSpy) -> Iterator[Answers]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         spy.install(monkeypatch)
-        yield _answer(model, "magicpig", "chains counts loop", {"K": 10, "L": 150})
+        yield _answer(
+            model, "magicpig", "chains counts loop", {"index": "buckets", "K": 10, "L": 150}
+        )
 
 
 @pytest.fixture(scope="module")
 def uncentred(model: Path) -> Answers:
-    return _answer(model, "magicpig", "chains", {"K": 10, "L": 150, "center": "none"})
+    return _answer(
+        model, "magicpig", "chains", {"index": "buckets", "K": 10, "L": 150, "center": "none"}
+    )
 
 
 @pytest.mark.parametrize("length", CHAIN_LENGTHS)

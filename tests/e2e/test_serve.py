@@ -148,7 +148,7 @@ def test_two_ranks_load_their_heads_of_a_calibration_file(
     first, second = sorted(os.sched_getaffinity(0))[:2]
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{first}|{second}")
     arguments = (*ARGUMENTS, "--tensor-parallel-size", "2")
-    options = {"center": str(tuned)}
+    options = {"index": "buckets", "center": str(tuned)}
     log = tmp_path / "serve.log"
     with VllmServer(model, "magicpig", *arguments, options=options, log_path=log) as server:
         before = server.call("magicpig_stats")

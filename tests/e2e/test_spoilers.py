@@ -21,7 +21,13 @@ from vllm.outputs import RequestOutput
 
 INFINITE = 2
 """Token id of the padding, which neither the prompts nor the passage at start-up have."""
-OPTIONS: dict[str, Any] = {"dense_layers": [0], "K": 7, "L": 60, "exact_below": 512}
+OPTIONS: dict[str, Any] = {
+    "dense_layers": [0],
+    "index": "buckets",
+    "K": 7,
+    "L": 60,
+    "exact_below": 512,
+}
 
 
 def model_with_an_infinite_token(folder: Path) -> Path:
