@@ -123,7 +123,7 @@ def host_layer(worker: Worker, options: dict[str, Any]) -> MagicPigImpl:
     elements = content_bytes(16, 4, impl.options.num_tables) // 4
     kv_cache = torch.zeros(8, 2, 128, elements)
     layer = HostLayer(
-        impl.options, 1, kv_cache, 16, 0.25, impl.center, worker._isa, worker._pool,
+        impl.options, 1, kv_cache, 16, 0.25, 0, impl.center, worker._isa, worker._pool,
         worker._builder, 0,
     )  # fmt: skip
     impl.bind(layer)

@@ -29,6 +29,7 @@ from vllm_magicpig.capacity import content_bytes
 from vllm_magicpig.config import MagicPigOptions, parse_options
 from vllm_magicpig.host_pages import HostPages
 from vllm_magicpig.key_center import KeyCenter
+from vllm_magicpig.layer_signatures import LayerSignatures
 from vllm_magicpig.lsh_index import LshIndex
 from vllm_magicpig.stats import LayerStats, PageUse
 from vllm_magicpig.step import Step, make_step
@@ -125,6 +126,7 @@ class SampledLayer(Protocol):
 
     pages: HostPages
     index: LshIndex | None
+    signatures: LayerSignatures | None
 
     def forward(
         self,
@@ -194,7 +196,7 @@ class MagicPigImpl(AttentionImpl[Any]):
             kv_sharing_target_layer_name,
         )
         config = get_current_vllm_config()
-        self._first_kv_head = _first_kv_head(config, self.num_kv_heads)
+        self.first_kv_head = _first_kv_head(config, self.num_kv_heads)
         self.options: MagicPigOptions = parse_options(config.additional_config)
         self.layer_index = -1
         self.center: KeyCenter | None = None
@@ -206,7 +208,7 @@ class MagicPigImpl(AttentionImpl[Any]):
         self.layer_index = layer_index
         if self.options.has_buckets:
             self.center = KeyCenter(
-                self.options.center, self.layer_index, self._first_kv_head, self.num_kv_heads
+                self.options.center, self.layer_index, self.first_kv_head, self.num_kv_heads
             )
             self.center.prepare(self.head_size)
 
@@ -285,6 +287,8 @@ class MagicPigImpl(AttentionImpl[Any]):
         pages = self.sampled.pages
         tokens = pages.native.num_tokens
         page_bytes = pages.native.num_used_blocks * pages.block_bytes
+        if self.sampled.signatures is not None:
+            return PageUse(tokens, page_bytes, index_bytes=self.sampled.signatures.used_bytes)
         if self.sampled.index is None:
             return PageUse(tokens, page_bytes)
         native = self.sampled.index.native

@@ -59,6 +59,20 @@ def host_block_bytes(
     return num_sparse_layers * num_kv_heads * block_size * content
 
 
+def signature_block_bytes(
+    num_sparse_layers: int, num_kv_heads: int, head_size: int, bits: int, block_size: int
+) -> int:
+    """Bytes of one block in the signature pools of all sparse layers; block_size: a multiple of 128.
+
+    From the layout of signature_blocks.py: per kv head and 128 tokens, 2 tiles of 64 tokens of bits and
+    a 16-bit factor, a bfloat16 mean and two floats, in whole cache lines.
+    """
+    size = 1 << (head_size - 1).bit_length()
+    tiles = 128 * (bits * size // 8 + 2)
+    of_128_tokens = _divide_up(tiles + 2 * head_size + 8, 64) * 64
+    return num_sparse_layers * num_kv_heads * block_size // 128 * of_128_tokens
+
+
 def segment_levels(block_size: int) -> list[int]:
     """Tokens of a segment of each level, ascending: the tail that is compared by code stays below the
     first, and few segments of the last cover a long context."""

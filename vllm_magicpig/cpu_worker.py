@@ -33,28 +33,51 @@ class MagicPigCPUWorker(MagicPigWorker, CPUWorker):
     def _builder_cpus(self) -> list[int]:
         return builder_cpus(self._kernel_cpus())
 
-    def _bind_layers(self, kv_cache_config: Any) -> None:
-        self._use_huge_pages([layer.kv_cache for layer, _ in self._sampled_layers()])
-        for layer, impl in self._sampled_layers():
-            impl.bind(
-                HostLayer(
-                    self._options,
-                    impl.layer_index,
-                    layer.kv_cache,
-                    impl.head_size,
-                    impl.scale,
-                    impl.center,
-                    self._isa,
-                    self._pool,
-                    self._builder,
-                    self._max_index_bytes(impl.num_kv_heads, kv_cache_config.num_blocks),
-                )
+    def determine_available_memory(self) -> int:
+        """What vLLM may take for pages: signatures lie beside them, within the same limit."""
+        available: int = super().determine_available_memory()
+        if not self._options.has_signatures:
+            return available
+        block_size = self.vllm_config.cache_config.block_size
+        pages = sum(
+            spec.page_size_bytes // spec.block_size * block_size
+            for spec in self.model_runner.get_kv_cache_spec().values()
+        )
+        signatures = sum(
+            capacity.signature_block_bytes(
+                1, impl.num_kv_heads, impl.head_size, self._options.bits, block_size
             )
+            for _, impl in self._sampled_layers()
+        )
+        share: int = available * pages // (pages + signatures)
+        return share
 
-    def _use_huge_pages(self, kv_caches: list[torch.Tensor]) -> None:
-        """vLLM has just zeroed these tensors, on small pages."""
+    def _bind_layers(self, kv_cache_config: Any) -> None:
+        memory: list[torch.Tensor] = []
+        for layer, impl in self._sampled_layers():
+            sampled = HostLayer(
+                self._options,
+                impl.layer_index,
+                layer.kv_cache,
+                impl.head_size,
+                impl.scale,
+                impl.first_kv_head,
+                impl.center,
+                self._isa,
+                self._pool,
+                self._builder,
+                self._max_index_bytes(impl.num_kv_heads, kv_cache_config.num_blocks),
+            )
+            impl.bind(sampled)
+            memory.append(layer.kv_cache)
+            if sampled.signatures is not None:
+                memory.append(sampled.signatures.memory)
+        self._use_huge_pages(memory)
+
+    def _use_huge_pages(self, memory: list[torch.Tensor]) -> None:
+        """These tensors have just been zeroed, on small pages."""
         cpus = sorted(set(self._kernel_cpus()))
-        spans = [(kv_cache.data_ptr(), kv_cache.nbytes) for kv_cache in kv_caches]
+        spans = [(tensor.data_ptr(), tensor.nbytes) for tensor in memory]
         for start, size in spans:
             renew_on_huge_pages(start, size, cpus)
         logger.info(

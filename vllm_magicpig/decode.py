@@ -1,4 +1,4 @@
-"""One decode step of a sampled layer: hash -> look up -> attend."""
+"""One decode step of a sampled layer."""
 
 from __future__ import annotations
 
@@ -8,32 +8,39 @@ from vllm_magicpig import _C
 from vllm_magicpig.config import MagicPigOptions
 from vllm_magicpig.host_pages import HostPages
 from vllm_magicpig.key_center import KeyCenter
+from vllm_magicpig.layer_signatures import LayerSignatures
 from vllm_magicpig.lsh_index import LshIndex
 from vllm_magicpig.stats import LayerStats
 from vllm_magicpig.step import Step
 
 
 class DecodeKernel:
-    """The native layer, which attends exactly until `take_center`."""
+    """The native layer; by buckets, it attends exactly until `take_center`."""
 
     def __init__(
         self,
         options: MagicPigOptions,
         pages: HostPages,
-        index: LshIndex | None,
+        index: LshIndex | LayerSignatures | None,
         scale: float,
         isa: _C.Isa,
         pool: _C.ThreadPool,
     ) -> None:
         """index: None in exact mode."""
         self._pages = pages
+        exact_below = max(options.exact_below, 1)
+        if isinstance(index, LayerSignatures):
+            self._native = _C.DecodeLayer.of_signatures(
+                index.native, index.rule, scale=scale, exact_below=exact_below, isa=isa, pool=pool
+            )
+            return
         self._native = _C.DecodeLayer(
             pages.native,
             None if index is None else index.rule,
             None if index is None else index.native,
             None if index is None else index.projection.native,
             scale=scale,
-            exact_below=max(options.exact_below, 1),
+            exact_below=exact_below,
             isa=isa,
             pool=pool,
         )

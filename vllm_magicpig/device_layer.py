@@ -18,6 +18,7 @@ from vllm_magicpig.device_step import DeviceStep, Span
 from vllm_magicpig.flash import Ragged, flash_for
 from vllm_magicpig.host_pages import HostPages
 from vllm_magicpig.key_center import KeyCenter
+from vllm_magicpig.layer_signatures import LayerSignatures
 from vllm_magicpig.lsh_index import make_index
 from vllm_magicpig.stats import LayerStats
 from vllm_magicpig.step import Chunk
@@ -45,6 +46,7 @@ class DeviceLayer:
         self.index = make_index(
             options, self.pages, layer_index, center, isa, pool, builder, max_index_bytes
         )
+        self.signatures: LayerSignatures | None = None
         self.device, self.buffers = device, buffers
         self._decode, self._prefill = buffers.decode[shape], buffers.prefill[shape]
         self._scale, self._num_tables = scale, options.num_tables

@@ -9,6 +9,7 @@ from vllm_magicpig.config import MagicPigOptions
 from vllm_magicpig.decode import DecodeKernel
 from vllm_magicpig.host_pages import HostPages
 from vllm_magicpig.key_center import KeyCenter
+from vllm_magicpig.layer_signatures import LayerSignatures
 from vllm_magicpig.lsh_index import make_index
 from vllm_magicpig.prefill import CONTEXT_PIECE_TOKENS, attend_chunk
 from vllm_magicpig.stats import LayerStats
@@ -23,18 +24,26 @@ class HostLayer:
         kv_cache: torch.Tensor,
         head_size: int,
         scale: float,
+        first_kv_head: int,
         center: KeyCenter | None,
         isa: _C.Isa,
         pool: _C.ThreadPool,
         builder: _C.SegmentBuilder | None,
         max_index_bytes: int,
     ) -> None:
-        """kv_cache: as for HostPages; center, builder: None in exact mode."""
+        """kv_cache: as for HostPages; first_kv_head: of this rank; center, builder: None where no
+        buckets are used."""
         self.pages = HostPages(kv_cache, head_size, options.num_tables)
         self.index = make_index(
             options, self.pages, layer_index, center, isa, pool, builder, max_index_bytes
         )
-        self._kernel = DecodeKernel(options, self.pages, self.index, scale, isa, pool)
+        self.signatures = (
+            LayerSignatures(options, self.pages, layer_index, first_kv_head, isa, pool)
+            if options.has_signatures
+            else None
+        )
+        index = self.index if self.signatures is None else self.signatures
+        self._kernel = DecodeKernel(options, self.pages, index, scale, isa, pool)
         self._scale, self.pool = scale, pool
 
     def forward(
@@ -53,6 +62,8 @@ class HostLayer:
         self.pages.store_rows(key, value, step.slots, self.pool)
         if self.index is not None:
             self.index.add(key, step)
+        if self.signatures is not None:
+            self.signatures.add(step)
         for chunk in step.chunks:
             tokens = slice(chunk.start, chunk.stop)
             context = self.pages.pieces(
