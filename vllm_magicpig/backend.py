@@ -33,7 +33,7 @@ from vllm_magicpig.layer_signatures import LayerSignatures
 from vllm_magicpig.lsh_index import LshIndex
 from vllm_magicpig.stats import LayerStats, PageUse
 from vllm_magicpig.step import Step, make_step
-from vllm_magicpig.support import block_size_multiple, check_layer
+from vllm_magicpig.support import TILE_TOKENS, block_size_multiple, check_layer
 
 
 class MagicPigBackend(AttentionBackend):
@@ -57,9 +57,9 @@ class MagicPigBackend(AttentionBackend):
     def get_builder_cls() -> type[MagicPigMetadataBuilder]:
         return MagicPigMetadataBuilder
 
-    @classmethod
-    def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        return [MultipleOf(block_size_multiple(cls.options))]
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(TILE_TOKENS)]  # with_options may ask for more
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -91,8 +91,13 @@ def with_options(backend: type[MagicPigBackend], options: MagicPigOptions) -> ty
     vLLM asks a backend's class for the shape of its cache and its block sizes, hence a class for each;
     it keeps the parent's name, by which vLLM groups layers.
     """
+
+    def block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(block_size_multiple(options))]
+
     names = {
         "options": options,
+        "get_supported_kernel_block_sizes": staticmethod(block_sizes),
         "__module__": backend.__module__,
         "__qualname__": backend.__qualname__,
     }

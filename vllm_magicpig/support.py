@@ -8,7 +8,7 @@ from vllm_magicpig.config import MagicPigOptions
 from vllm_magicpig.signature_reference import BLOCK_TOKENS
 
 HEAD_SIZE_MULTIPLE, MIN_HEAD_SIZE, MAX_HEAD_SIZE = 8, 16, 256
-_TILE_TOKENS = 32
+TILE_TOKENS = 32
 """Codes lie in groups of 32 tokens in a page, and so do vLLM's own CPU pages of dense layers."""
 
 ANOTHER_BACKEND = "choose another --attention-backend for it"
@@ -16,7 +16,7 @@ ANOTHER_BACKEND = "choose another --attention-backend for it"
 
 def block_size_multiple(options: MagicPigOptions) -> int:
     """Tokens of which a KV block is a multiple: a signature is relative to the mean of 128 keys."""
-    return BLOCK_TOKENS if options.has_signatures else _TILE_TOKENS
+    return BLOCK_TOKENS if options.has_signatures else TILE_TOKENS
 
 
 def check_config(vllm_config: Any, options: MagicPigOptions) -> None:
