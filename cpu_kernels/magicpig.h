@@ -135,7 +135,8 @@ constexpr int kMaxHeadSize = 256;
 /// Tokens that share a mean key, and are encoded together (signatures.h).
 constexpr int kSignatureBlock = 128;
 
-/// Codes lie in tiles of this many tokens: [token / 32][word][32], so that a scan is sequential.
+/// Codes lie in tiles of this many tokens: [token / 32][table][32], so that comparing them all
+/// reads in order.
 constexpr int kTileTokens = 32;
 
 /// A chunk is what one kv head has in one block: rows [block_size][K | V][head_size], then codes
