@@ -231,7 +231,11 @@ MAGICPIG_INLINE int64_t sum_of_squares(const ShortTile& x) {
     sum = _mm512_add_epi64(sum, _mm512_unpacklo_epi32(pairs, zero));
     sum = _mm512_add_epi64(sum, _mm512_unpackhi_epi32(pairs, zero));
   }
-  return _mm512_reduce_add_epi64(sum);
+  const __m256i halves =
+      _mm256_add_epi64(_mm512_castsi512_si256(sum), _mm512_extracti64x4_epi64(sum, 1));
+  const __m128i half =
+      _mm_add_epi64(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+  return _mm_cvtsi128_si64(half) + _mm_extract_epi64(half, 1);
 }
 inline void add_powers(const ShortTile& x, float* parts) {
 #pragma GCC unroll 4

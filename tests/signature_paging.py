@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,7 @@ class Paged:
     sink: int = SINK
     window: int = WINDOW
     threads: int = 2
+    native: ModuleType = _C
     keys: list[torch.Tensor] = field(default_factory=list)
     values: list[torch.Tensor] = field(default_factory=list)
 
@@ -46,9 +48,9 @@ class Paged:
         self.memory = np.zeros(
             (num_blocks, self.num_kv_heads, self.block_size * row_bytes), dtype=np.uint8
         )
-        self.pages = _C.Pages(self.memory, name, self.block_size, self.head_size, 0)
+        self.pages = self.native.Pages(self.memory, name, self.block_size, self.head_size, 0)
         of_block = blocks.block_bytes(self.head_size, self.bits) * (self.block_size // 128)
-        self.signatures = _C.SignaturePool(
+        self.signatures = self.native.SignaturePool(
             self.pages,
             aligned(num_blocks * self.num_kv_heads * of_block),
             self.signs.numpy(),
@@ -77,10 +79,12 @@ class Paged:
             row_bits(part[row][:, start:stop].transpose(0, 1).contiguous())
             for part in (self.keys, self.values)
         )
-        self.pages.store_rows(keys, values, slots + positions % self.block_size, pool(self.threads))
+        self.pages.store_rows(
+            keys, values, slots + positions % self.block_size, pool(self.threads, self.native)
+        )
 
     def rule(self, budget: float) -> _C.SignatureRule:
-        return _C.SignatureRule(
+        return self.native.SignatureRule(
             sink_tokens=self.sink,
             window_tokens=self.window,
             row_budget=budget,
@@ -108,25 +112,25 @@ class Paged:
             scale=scale,
             exact_below=1,
             isa=isa,
-            pool=pool(threads),
+            pool=pool(threads, self.native),
         )
 
     def attend(
         self, query: torch.Tensor, budget: float, scale: float, isa: _C.Isa, threads: int = 2
     ) -> tuple[torch.Tensor, npt.NDArray[np.float32], npt.NDArray[np.int32]]:
         """(out float32, lse, rows) of a decode step, each [num_requests, num_q_heads, ...]."""
-        layer = _C.DecodeLayer.of_signatures(
+        layer = self.native.DecodeLayer.of_signatures(
             self.signatures,
             self.rule(budget),
             scale=scale,
             exact_below=1,
             isa=isa,
-            pool=pool(threads),
+            pool=pool(threads, self.native),
         )
         out = torch.empty_like(query)
         lse = np.empty(query.shape[:2], dtype=np.float32)
         rows = np.empty(query.shape[:2], dtype=np.int32)
-        batch = _C.DecodeBatch(self.pages, self.tables, self.lengths)
+        batch = self.native.DecodeBatch(self.pages, self.tables, self.lengths)
         layer.attend(query, batch, out, lse, rows)
         return out, lse, rows
 

@@ -15,10 +15,13 @@ import simde_build
 import torch
 from disassembly import AVX512, KINDS, disassembled, kinds_by_symbol, needs_objdump
 from native_helpers import Layer, Rule, isa_or_none, pool
+from signature_paging import Paged
 from signature_worlds import world
 from test_native_budget import World
 from test_native_decode import BOUND, DTYPES, Batch
 from test_native_hashing import SETTINGS, check_log_u
+from test_native_lists import SCALE, a_query, same
+from test_native_lists import SHAPES as LIST_SHAPES
 from test_native_signatures import SHAPES
 from test_native_signatures import check as check_signatures
 
@@ -124,3 +127,27 @@ def test_signatures_are_the_references(
 ) -> None:
     keys = world(256, head_size).keys.to(dtype)
     check_signatures(keys, bits, simde.resolve_isa(name), simde)
+
+
+@each_avx512
+@pytest.mark.parametrize("shape", LIST_SHAPES, ids=str)
+def test_lists_are_equal(simde: ModuleType, name: str, shape: tuple) -> None:
+    """To the portable ones, which test_native_lists.py compares with the reference."""
+    dtype, head_size, bits, kv_heads, group, lengths, block_size = shape
+    paged = Paged(dtype, head_size, bits, kv_heads, lengths, block_size, native=simde)
+    query = a_query(paged, group)
+    portable = paged.lists(query, 0.05, SCALE, simde.resolve_isa("portable"))
+    assert same(paged.lists(query, 0.05, SCALE, simde.resolve_isa(name)), portable)
+    assert any(len(tokens) for of_request in portable for tokens, _ in of_request)
+
+
+@each_avx512
+def test_sampled_outputs_are_the_portable_ones(simde: ModuleType, name: str) -> None:
+    paged = Paged(torch.bfloat16, 72, 2, 2, (9000, 300), native=simde)
+    query = a_query(paged, 3)
+    found, expected = (
+        paged.attend(query, 0.03, SCALE, simde.resolve_isa(isa)) for isa in (name, "portable")
+    )
+    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-5, rtol=0)
+    np.testing.assert_array_equal(found[2], expected[2])
