@@ -156,18 +156,29 @@ void pack_codes(const float* projections, size_t num_rows, int num_tables, int n
   }
 }
 
-/// kRadix rows, kStep apart, of a Walsh-Hadamard transform.
+/// The butterflies of kRadix rows of a Walsh-Hadamard transform, from v[kFirst] on: the nearest
+/// rows first. By recursion, as GCC 12 neither unrolls a loop over 16 rows nor keeps them in
+/// registers.
+template <int kRadix, int kFirst = 0, int kRows>
+inline void butterflies(Vec (&v)[kRows]) {
+  if constexpr (kRadix > 1) {
+    constexpr int kHalf = kRadix / 2;
+    butterflies<kHalf, kFirst>(v);
+    butterflies<kHalf, kFirst + kHalf>(v);
+    for (int i = kFirst; i < kFirst + kHalf; ++i) {
+      const Vec sum = v[i] + v[i + kHalf];
+      v[i + kHalf] = v[i] - v[i + kHalf];
+      v[i] = sum;
+    }
+  }
+}
+
+/// The same in place for rows that lie `step` floats apart.
 template <int kRadix>
 inline void butterflies(float* x, int step) {
   Vec v[kRadix];
   for (int i = 0; i < kRadix; ++i) v[i] = load(x + i * step);
-  for (int half = 1; half < kRadix; half *= 2)
-    for (int i = 0; i < kRadix; ++i)
-      if ((i & half) == 0) {
-        const Vec sum = v[i] + v[i + half];
-        v[i + half] = v[i] - v[i + half];
-        v[i] = sum;
-      }
+  butterflies<kRadix>(v);
   for (int i = 0; i < kRadix; ++i) store(x + i * step, v[i]);
 }
 

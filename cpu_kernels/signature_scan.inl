@@ -4,6 +4,31 @@
 // the order that the twin states, never multiply_add; all else is integers.
 #include "simd_tile.h"
 
+/// 16 partial sums over dimensions.
+struct Sum16 {
+  static constexpr int kParts = 16 / kLanes;
+  Vec parts[kParts];
+
+  Sum16() {
+    for (Vec& part : parts) part = broadcast(0.0f);
+  }
+  void add(int j, Vec terms) {
+    Vec& part = parts[j / kLanes % kParts];
+    part = part + terms;
+  }
+  float total() const {
+    if constexpr (kParts == 2) return sum_lanes(parts[0] + parts[1]);
+    return sum_lanes(parts[0]);
+  }
+};
+
+/// y = H (signs * y), by vectors of dimensions.
+inline void rotate_row(float* y, const float* signs, int size) {
+  for (int j = 0; j < size; j += kLanes)
+    store(y + j, butterflies_of_lanes(load(y + j) * load(signs + j)));
+  transform(y, size / kLanes);
+}
+
 /// The largest sum of 64 |q_j| is so many units of a table.
 constexpr float kTableTop = 118.0f;
 constexpr int kLeastPower = -126 * 128;

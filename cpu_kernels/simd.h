@@ -108,8 +108,6 @@ inline void sum_lanes_of_8(const Vec (&x)[8], float* out) {
   _mm256_storeu_ps(out, _mm256_add_ps(low, high));
 }
 
-/// Lane i of the mask as bit i.
-inline uint32_t bits_of(Mask mask) { return static_cast<uint32_t>(_mm256_movemask_ps(mask.v)); }
 /// a + b in lane i and a - b in lane i + d for a, b of these lanes: d = 1, then 2, then 4.
 inline Vec butterflies_of_lanes(Vec x) {
   const __m256 s = _mm256_permute_ps(x.v, _MM_SHUFFLE(2, 3, 0, 1));
@@ -280,7 +278,6 @@ inline void sum_lanes_of_8(const Vec (&x)[8], float* out) {
   _mm256_storeu_ps(out, _mm256_add_ps(low_half(swapped), high_half(swapped)));
 }
 
-inline uint32_t bits_of(Mask mask) { return mask.v; }
 inline Vec butterflies_of_lanes(Vec x) {
   const __m512 s = _mm512_shuffle_ps(x.v, x.v, _MM_SHUFFLE(2, 3, 0, 1));
   __m512 y = _mm512_mask_sub_ps(_mm512_add_ps(x.v, s), 0xaaaa, s, x.v);
@@ -416,11 +413,6 @@ inline void sum_lanes_of_8(const Vec (&x)[8], float* out) {
   for (int i = 0; i < 8; ++i) out[i] = sum_lanes(x[i]);
 }
 
-inline uint32_t bits_of(Mask mask) {
-  uint32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(mask.v[i]) << i;
-  return bits;
-}
 inline Vec butterflies_of_lanes(Vec x) {
   for (int d = 1; d < kLanes; d *= 2)
     for (int i = 0; i < kLanes; ++i)

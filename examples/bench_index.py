@@ -5,6 +5,7 @@
     python examples/bench_index.py --parts build,generation
 
 build       time to build segments of each size, per token, kv head and core; bytes
+encode      time to encode signatures of 1, 2 and 4 bits, per token, kv head and core; bytes
 background  decode steps at 32K tokens with and without threads that build 64K segments meanwhile
 tradeoff    rows, error, time and memory of settings side by side, over all geometries
 generation  one request from 2K to 34K tokens, token by token: store, hash, ask for segments, attend;
@@ -60,8 +61,10 @@ from bench_stream import GrowingRequest
 
 from vllm_magicpig import _C
 from vllm_magicpig.capacity import segment_levels
+from vllm_magicpig.signature_blocks import block_bytes
+from vllm_magicpig.signature_reference import BLOCK_TOKENS, rotation_signs
 
-PARTS = ("build", "background", "tradeoff", "generation")
+PARTS = ("build", "encode", "background", "tradeoff", "generation")
 NUM_Q_HEADS = NUM_KV_HEADS * GROUP
 BUDGETS = (0.005, 0.01, 0.02)
 PHASE_STEPS = 200
@@ -102,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     native = load_native()
     run = {
         "build": part_build,
+        "encode": part_encode,
         "background": part_background,
         "tradeoff": part_tradeoff,
         "generation": part_generation,
@@ -186,6 +190,53 @@ def part_build(given: Any, report: Report, cpus: Sequence[int], native: ModuleTy
         [
             (b.config, str(b.level), f"{b.us:.3f}", f"{b.us_p25:.3f}", f"{b.index_bytes:.0f}")
             for b in builds
+        ],
+    )
+
+
+# ----------------------------------------------------------------------------------------- encode
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """ns: per token, kv head and core; signature_bytes: per token and kv head."""
+
+    bits: int
+    ns: float
+    ns_p25: float
+    signature_bytes: float
+
+
+def part_encode(given: Any, report: Report, cpus: Sequence[int], native: ModuleType) -> None:
+    num_tokens = -(-given.build_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
+    head = generate("mixed", num_tokens).keys[0].bfloat16()
+    keys = head.view(torch.uint16).numpy()
+    signs = rotation_signs(head.shape[1], 0).numpy()
+    isa, pool = _C.resolve_isa("auto"), _C.ThreadPool(list(cpus[:1]))
+
+    def side(bits: int) -> Callable[[int], None]:
+        return lambda _: _C.encode_signatures(keys, "bfloat16", signs, bits, isa, pool)
+
+    seconds = interleave({str(bits): side(bits) for bits in (1, 2, 4)}, given.repeats, Evictor())
+    encodings = []
+    for bits in (1, 2, 4):
+        timing = Timing.of(seconds[str(bits)])
+        encodings.append(
+            Encoding(
+                bits,
+                1e6 * timing.median_ms / num_tokens,
+                1e6 * timing.p25_ms / num_tokens,
+                block_bytes(head.shape[1], bits) / BLOCK_TOKENS,
+            )
+        )
+    report.add("encode", encodings)
+    report.print_table(
+        f"Encoding signatures of bfloat16 keys of {head.shape[1]} dimensions, {isa.name}, one "
+        "thread: ns and bytes per token and kv head",
+        ("bits", "ns (median)", "ns (p25)", "bytes"),
+        [
+            (str(e.bits), f"{e.ns:.0f}", f"{e.ns_p25:.0f}", f"{e.signature_bytes:.1f}")
+            for e in encodings
         ],
     )
 

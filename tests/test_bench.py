@@ -221,6 +221,8 @@ def test_index_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert content["threads"] == [1]
     assert [build["level"] for build in content["build"]] == [1024, 2048, 4096, 8192]
     assert all(build["us"] > 0 and build["index_bytes"] > 300 for build in content["build"])
+    assert [encoding["bits"] for encoding in content["encode"]] == [1, 2, 4]
+    assert all(encoding["ns"] > 0 for encoding in content["encode"])
     idle, merges, missing = content["background"]["steps"]
     assert idle["segments"] == 0 < merges["segments"] + missing["segments"]
     native_sample = content["tradeoff"][0]

@@ -11,7 +11,7 @@ from native_helpers import each_isa, pool, row_bits
 from signature_worlds import world
 
 from vllm_magicpig import _C, signature_reference
-from vllm_magicpig.signature_blocks import encode_blocks, pack
+from vllm_magicpig.signature_blocks import encode_blocks, pack, rotate, sum16
 
 SHAPES = [(16, 2), (24, 1), (64, 2), (64, 4), (72, 2), (80, 2), (128, 1), (128, 2), (256, 2)]
 
@@ -45,6 +45,42 @@ def test_equal_keys_zeros_and_outliers(isa: _C.Isa, bits: int) -> None:
     keys[384:, ::2] = 0
     keys[400, 1] = -3.0
     check(keys, bits, isa)
+
+
+@each_isa
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("scale", [1e-23, 1e-22, 1e-19, 1e16])
+def test_tiny_and_huge_keys(isa: _C.Isa, bits: int, scale: float) -> None:
+    """Squares that are 0, not normal or large; a root mean square of 0 makes the inverse infinite."""
+    check((world(128, 128).keys * scale).float(), bits, isa)
+
+
+@each_isa
+@pytest.mark.parametrize("step_factor", signature_reference.STEP_FACTORS)
+def test_sizes_at_the_boundary_of_levels(isa: _C.Isa, step_factor: float) -> None:
+    """Many sizes are one step but for rounding: the next float has another level."""
+    keys = boundary_keys(step_factor)
+    signs = signature_reference.rotation_signs(128, 7)
+    sizes = rotate(keys, signs).abs()
+    rms = (sum16(sizes * sizes) / 128).sqrt()
+    step = torch.tensor(signature_reference.QUANTISER_STEP[2] * step_factor, dtype=torch.float32)
+    inverse = (1 / (rms * step))[:, None]
+    below = torch.nextafter(sizes, torch.zeros(1))
+    first = (sizes * inverse >= 1) & (below * inverse < 1)
+    last = (sizes * inverse < 1) & (torch.nextafter(sizes, 2 * sizes) * inverse >= 1)
+    assert first.sum() > 100 < last.sum()
+    check(keys, 2, isa)
+
+
+def boundary_keys(step_factor: float) -> torch.Tensor:
+    """float32 [256, 128], every other key the negative of the one before: the means are 0."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(128, 128, generator=generator, dtype=torch.float64)
+    step = signature_reference.QUANTISER_STEP[2] * step_factor
+    rest = y[:, 32:].square().sum(1)
+    y[:, :32] = y[:, :32].sign() * (step * (rest / (128 - 32 * step**2)).sqrt())[:, None]
+    keys = y @ signature_reference.rotation(128, 7)
+    return torch.stack([keys, -keys], 1).reshape(256, 128).float()
 
 
 @each_isa
