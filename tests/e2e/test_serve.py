@@ -169,6 +169,6 @@ def test_two_ranks_load_their_heads_of_a_calibration_file(
 def test_a_wrong_option_ends_the_start_with_its_sentence(model: Path, tmp_path: Path) -> None:
     log = tmp_path / "serve.log"
     server = VllmServer(model, "magicpig", *ARGUMENTS, options={"Q": 3}, log_path=log)
-    sentence = "exit code 1: magicpig option 'Q' is unknown; allowed are K, L"
+    sentence = "exit code 1: magicpig option 'Q' is unknown; allowed are index, K, L"
     with pytest.raises(RuntimeError, match=sentence), server:
         pass
