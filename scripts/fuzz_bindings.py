@@ -66,7 +66,7 @@ class Case:
     def __post_init__(self) -> None:
         choose = self.rng.choice
         self.row_dtype = choose(["float32", "bfloat16", "float16"])
-        self.block_size = choose([32, 32, 64, 128])
+        self.block_size = choose([32, 64, 128, 128])
         self.head_size = choose([16, 24, 64, 72, 256])
         self.num_blocks = choose([1, 4, 9])
         self.num_kv_heads = choose([1, 2, 3])
@@ -75,6 +75,7 @@ class Case:
         self.num_tables = choose([1, 2, 8, 8, 8, 33, 255])
         self.min_matches = choose([1, 1, 2, self.num_tables // 2, self.num_tables])
         self.min_matches = max(1, min(self.min_matches, self.num_tables))
+        self.signature_bits = choose([1, 2, 4])
         self.levels = [self.block_size * n for n in choose([[1], [1], [2], [1, 2], [1, 3, 9]])]
         self.hash_size = choose([128, 256])
         self.num_reqs = choose([0, 1, 2, 5])
@@ -167,6 +168,17 @@ def memory(case: Case) -> np.ndarray:
     array = np.zeros(shape, np.uint8) if zeros else generator.integers(0, 256, shape, np.uint8)
     case.objects["memory"] = array
     return array
+
+
+def signature_memory(case: Case) -> np.ndarray:
+    """As signature_blocks.block_bytes has it; zeros, since wrong signatures are as good as others."""
+    size = 1 << (case.head_size - 1).bit_length()
+    tiles = 128 * (case.signature_bits * size // 8 + 2)
+    of_128_tokens = -(-(tiles + 2 * case.head_size + 8) // 64) * 64
+    num_bytes = case.num_blocks * case.num_kv_heads * (case.block_size // 128) * of_128_tokens
+    array = np.zeros(num_bytes + 64, np.uint8)
+    start = -array.ctypes.data % 64
+    return array[start : start + num_bytes]
 
 
 def sometimes_garbage(build: Callable[[Case], np.ndarray]) -> Callable[[Case], np.ndarray]:
@@ -307,6 +319,17 @@ ARGUMENTS: dict[str, Callable[[Case], Any]] = {
         case, 128 * case.rng.choice([0, 1, 3]), case.head_size
     ),
     "encode_signatures.signs": rotation_signs,
+    "SignaturePool.signs": rotation_signs,
+    "SignaturePool.bits": dim("signature_bits"),
+    "SignaturePool.memory": signature_memory,
+    "SignaturePool.lists.rule": made("SignatureRule"),
+    "SignaturePool.lists.query": in_either_dtype("num_reqs", "num_q_heads", "head_size"),
+    "DecodeLayer.of_signatures.rule": made("SignatureRule"),
+    "signatures": made("SignaturePool"),
+    "SignatureRule.row_budget": lambda case: case.rng.choice([1e-9, 0.01, 0.3, 1.0]),
+    "SignatureRule.seed": lambda case: case.rng.getrandbits(63),
+    "layer": lambda case: case.rng.choice([0, 1, 31]),
+    "first_kv_head": lambda case: case.rng.choice([0, 8]),
     "bits": lambda case: case.rng.choice([1, 2, 4]),
     "SimHash.head_size": lambda case: min(case.head_size, case.hash_size),
     "fraction": lambda case: case.rng.choice([1.0, 0.5, 1e-6]),

@@ -157,6 +157,11 @@ def sampled(model: Path, spy: SampleSpy) -> Iterator[Answers]:
 
 
 @pytest.fixture(scope="module")
+def signed(model: Path) -> Answers:
+    return _answer(model, "magicpig", "chains counts", {"index": "signatures"})
+
+
+@pytest.fixture(scope="module")
 def uncentred(model: Path) -> Answers:
     return _answer(
         model, "magicpig", "chains", {"index": "buckets", "K": 10, "L": 150, "center": "none"}
@@ -165,12 +170,13 @@ def uncentred(model: Path) -> Answers:
 
 @pytest.mark.parametrize("length", CHAIN_LENGTHS)
 def test_chains_are_recited_as_with_dense_attention(
-    dense: Answers, sampled: Answers, length: int
+    dense: Answers, sampled: Answers, signed: Answers, length: int
 ) -> None:
-    print(f"{length} tokens: dense {dense.chain_scores[length]:.3f}, "
-          f"sampled {sampled.chain_scores[length]:.3f}")  # fmt: skip
-    assert dense.chain_scores[length] >= 0.95, "the model itself does not know the answers"
-    assert sampled.chain_scores[length] >= 0.98 * dense.chain_scores[length]
+    scores = [answers.chain_scores[length] for answers in (dense, sampled, signed)]
+    print("{} tokens: dense {:.3f}, buckets {:.3f}, signatures {:.3f}".format(length, *scores))
+    assert scores[0] >= 0.95, "the model itself does not know the answers"
+    assert scores[1] >= 0.98 * scores[0]
+    assert scores[2] >= scores[0]
 
 
 @pytest.mark.parametrize("length", CHAIN_LENGTHS)
@@ -179,15 +185,29 @@ def test_without_centring_recall_breaks(dense: Answers, uncentred: Answers, leng
     assert uncentred.chain_scores[length] < 0.5 * dense.chain_scores[length]
 
 
-def test_the_most_frequent_word_is_named_as_often(dense: Answers, sampled: Answers) -> None:
-    print(f"of {NUM_COUNTS}: dense {dense.counts_right}, sampled {sampled.counts_right}")
+def test_the_most_frequent_word_is_named_as_often(
+    dense: Answers, sampled: Answers, signed: Answers
+) -> None:
+    print("dense {}, buckets {}, signatures {} of {}".format(
+        dense.counts_right, sampled.counts_right, signed.counts_right, NUM_COUNTS))  # fmt: skip
     assert dense.counts_right >= NUM_COUNTS - 1
     assert sampled.counts_right >= dense.counts_right
+    assert signed.counts_right >= dense.counts_right
 
 
-def test_only_a_few_rows_are_read(sampled: Answers) -> None:
-    fraction = sampled.stats[f"chains {CHAIN_LENGTHS[-1]}"]["sampled_fraction"]
-    assert 0 < fraction < 0.05
+def test_only_a_few_rows_are_read(sampled: Answers, signed: Answers) -> None:
+    stage = f"chains {CHAIN_LENGTHS[-1]}"
+    assert 0 < sampled.stats[stage]["sampled_fraction"] < 0.05
+    # of the whole group, and at most 3 % from the budget
+    assert abs(signed.stats[stage]["sampled_fraction"] / 0.02 - 1) < 0.03
+
+
+def test_signatures_take_their_planned_bytes(signed: Answers) -> None:
+    """Beside each page of 2 kv heads: at head size 128, 36.5 bytes a token and kv head."""
+    stats = signed.stats["counts"]
+    rows, signatures = stats["page_bytes"], stats["index_bytes"]
+    assert rows > 0
+    assert signatures / rows == pytest.approx(36.5 / 512, rel=1e-6)
 
 
 def test_a_shared_prefix_is_indexed_once(sampled: Answers) -> None:
