@@ -168,6 +168,7 @@ struct BoundLayer {
     std::shared_ptr<BoundPages> pages;
     std::shared_ptr<BoundRule> rule;
     std::shared_ptr<BoundIndex> index;
+    std::shared_ptr<BoundSignatures> signatures;
     std::shared_ptr<BoundExchange> exchange;
     std::shared_ptr<SegmentBuilder> builder;
     std::shared_ptr<ThreadPool> pool;
@@ -203,33 +204,61 @@ void check_exchange(const BoundExchange& exchange, const Pages& pages, bool samp
            layout.num_tables, "; make it with the pages' tables.");
 }
 
+/// What every layer has, checked.
+StreamLayer::Parts parts_of(BoundPages& pages, const BoundExchange& exchange,
+                            std::shared_ptr<HostCallbacks> callbacks, double scale,
+                            int64_t exact_below, Isa isa, ThreadPool& pool) {
+  check_isa(isa);
+  for (const py::array& array : exchange.arrays)
+    check_apart({"the memory of the pages", pages.memory}, {{"exchange", array}});
+  StreamLayer::Parts parts = {};
+  parts.pages = &pages.pages;
+  parts.exchange = exchange.buffers;
+  parts.callbacks = std::move(callbacks);
+  parts.scale = finite_scale(scale);
+  parts.exact_below = std::max(1, token_count("exact_below", exact_below));
+  parts.isa = isa;
+  parts.pool = &pool;
+  return parts;
+}
+
 std::unique_ptr<BoundLayer> make_layer(
     std::shared_ptr<BoundPages> pages, std::shared_ptr<BoundRule> rule,
     std::shared_ptr<BoundIndex> index, std::shared_ptr<BoundExchange> exchange,
     std::shared_ptr<HostCallbacks> callbacks, std::shared_ptr<SegmentBuilder> builder, double scale,
     int64_t exact_below, Isa isa, std::shared_ptr<ThreadPool> pool) {
-  check_isa(isa);
   check_sampling(rule.get(), index.get(), *pages);
   if (builder != nullptr && index == nullptr)
     refuse("builder is given without an index, but has nothing to build then; pass None.");
   check_exchange(*exchange, pages->pages, rule != nullptr);
-  for (const py::array& array : exchange->arrays)
-    check_apart({"the memory of the pages", pages->memory}, {{"exchange", array}});
-
-  StreamLayer::Parts parts = {};
-  parts.pages = &pages->pages;
+  StreamLayer::Parts parts =
+      parts_of(*pages, *exchange, std::move(callbacks), scale, exact_below, isa, *pool);
   if (rule != nullptr) parts.rule = &rule->rule;
   if (index != nullptr) parts.index = &index->index;
-  parts.exchange = exchange->buffers;
-  parts.callbacks = std::move(callbacks);
   parts.builder = builder.get();
-  parts.scale = finite_scale(scale);
-  parts.exact_below = std::max(1, token_count("exact_below", exact_below));
-  parts.isa = isa;
-  parts.pool = pool.get();
   return std::make_unique<BoundLayer>(
-      BoundLayer::Owned{std::move(pages), std::move(rule), std::move(index), std::move(exchange),
-                        std::move(builder), std::move(pool)},
+      BoundLayer::Owned{std::move(pages), std::move(rule), std::move(index), nullptr,
+                        std::move(exchange), std::move(builder), std::move(pool)},
+      std::move(parts));
+}
+
+std::unique_ptr<BoundLayer> make_signature_layer(std::shared_ptr<BoundSignatures> signatures,
+                                                 const SignatureRule& rule,
+                                                 std::shared_ptr<BoundExchange> exchange,
+                                                 std::shared_ptr<HostCallbacks> callbacks,
+                                                 double scale, int64_t exact_below, Isa isa,
+                                                 std::shared_ptr<ThreadPool> pool) {
+  std::shared_ptr<BoundPages> pages = signatures->pages;
+  check_exchange(*exchange, pages->pages, false);
+  for (const py::array& array : exchange->arrays)
+    check_apart({"the memory of the signatures", signatures->memory}, {{"exchange", array}});
+  StreamLayer::Parts parts =
+      parts_of(*pages, *exchange, std::move(callbacks), scale, exact_below, isa, *pool);
+  parts.signatures = &signatures->pool;
+  parts.signature_rule = rule;
+  return std::make_unique<BoundLayer>(
+      BoundLayer::Owned{std::move(pages), nullptr, nullptr, std::move(signatures),
+                        std::move(exchange), nullptr, std::move(pool)},
       std::move(parts));
 }
 
@@ -240,6 +269,11 @@ void set_center(BoundLayer& self, const py::array& center) {
 void launch_stored(BoundLayer& self, uintptr_t stream, const BoundStep& step) {
   py::gil_scoped_release release;
   self.layer->launch_stored(reinterpret_cast<void*>(stream), step.step);
+}
+
+void launch_encode(BoundLayer& self, uintptr_t stream, const BoundStep& step) {
+  py::gil_scoped_release release;
+  self.layer->launch_encode(reinterpret_cast<void*>(stream), step.step);
 }
 
 void launch_decode(BoundLayer& self, uintptr_t stream, const BoundStep& step) {
@@ -313,8 +347,13 @@ void bind_streams(py::module_& m) {
            arg("index").none(true), arg("exchange").none(false), arg("callbacks").none(false),
            arg("builder").none(true), py::kw_only(), arg("scale"), arg("exact_below"), arg("isa"),
            arg("pool").none(false))
+      .def_static("of_signatures", &make_signature_layer, arg("signatures").none(false),
+                  arg("rule"), arg("exchange").none(false), arg("callbacks").none(false),
+                  py::kw_only(), arg("scale"), arg("exact_below"), arg("isa"),
+                  arg("pool").none(false))
       .def("set_center", &set_center, array_arg("center"))
       .def("launch_stored", &launch_stored, arg("stream"), arg("step"))
+      .def("launch_encode", &launch_encode, arg("stream"), arg("step"))
       .def("launch_decode", &launch_decode, arg("stream"), arg("step"))
       .def_property_readonly("counters",
                              [](const BoundLayer& b) { return b.layer->record().counters(); })

@@ -17,6 +17,7 @@
 
 #include "decode_record.h"
 #include "magicpig.h"
+#include "signatures.h"
 
 namespace magicpig {
 
@@ -182,7 +183,7 @@ struct DecodeExchange {
   const float* query;           // [max_decodes][num_q_heads][head_size]
   const uint8_t* key;           // rows [max_decodes][num_kv_heads][head_size]
   const uint8_t* value;         // likewise
-  const uint16_t* query_codes;  // [max_decodes][num_q_heads][L], null in exact mode
+  const uint16_t* query_codes;  // [max_decodes][num_q_heads][L], null without buckets
   const uint16_t* key_codes;    // [max_decodes][num_kv_heads][L], likewise
   float* out;                   // like query
   int max_decodes;
@@ -194,8 +195,10 @@ class StreamLayer : public std::enable_shared_from_this<StreamLayer> {
  public:
   struct Parts {
     Pages* pages;
-    const SampleRule* rule;  // null in exact mode
-    LshIndex* index;         // null where all tokens are compared by code
+    const SampleRule* rule;        // of buckets; null without
+    LshIndex* index;               // null where all tokens are compared by code
+    SignaturePool* signatures;     // null without
+    SignatureRule signature_rule;  // of these
     DecodeExchange exchange;
     std::shared_ptr<HostCallbacks> callbacks;
     SegmentBuilder* builder;  // null: no segments are built
@@ -210,8 +213,11 @@ class StreamLayer : public std::enable_shared_from_this<StreamLayer> {
   /// [num_kv_heads][head_size]; once, else throws std::invalid_argument. Jobs launched before it
   /// decode exactly and store no codes.
   void set_center(std::vector<float> center);
-  /// Both launch nothing where the step has nothing for them.
+  /// All launch nothing where the step has nothing for them.
   void launch_stored(void* stream, std::shared_ptr<StreamStep> step);
+  /// Of what the step's chunks completed; a decode encodes what it finds without signatures. Throws
+  /// std::invalid_argument for a layer without signatures.
+  void launch_encode(void* stream, std::shared_ptr<StreamStep> step);
   void launch_decode(void* stream, std::shared_ptr<StreamStep> step);
 
   const DecodeRecord& record() const { return record_; }
@@ -221,10 +227,12 @@ class StreamLayer : public std::enable_shared_from_this<StreamLayer> {
   using Center = std::shared_ptr<const std::vector<float>>;
   class Job;
   class Stored;
+  class Encode;
   class Decode;
 
   Center center() const;
   void note_chunks(const StepContents& contents, bool with_codes);
+  void encode_chunks(const StepContents& contents);
   void decode(const StepContents& contents, const float* center);
   void store(const StepContents& contents, bool with_codes);
   void ask_for_segments(const Requests& requests);

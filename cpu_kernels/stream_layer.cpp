@@ -1,4 +1,5 @@
-// What the callbacks of a sparse layer do: note what the stream stored, or store and attend.
+// What the callbacks of a sparse layer do: note what the stream stored, encode it, or store and
+// attend.
 #include <algorithm>
 #include <limits>
 #include <utility>
@@ -8,6 +9,19 @@
 #include "timing.h"
 
 namespace magicpig {
+namespace {
+
+/// The requests' lengths, 0 where `middle` says that too little of them is sampled from.
+template <class Middle>
+std::vector<int32_t> sampled_lengths(const Requests& requests, int exact_below,
+                                     const Middle& middle) {
+  std::vector<int32_t> seq_lens(requests.seq_lens, requests.seq_lens + requests.size);
+  for (int32_t& seq_len : seq_lens)
+    if (middle(seq_len).size() < exact_below) seq_len = 0;
+  return seq_lens;
+}
+
+}  // namespace
 
 // ------------------------------------------------------------------------------------------ jobs
 
@@ -43,6 +57,14 @@ class StreamLayer::Stored final : public Job {
   void run(const StepContents& contents) override {
     layer_->note_chunks(contents, center_ != nullptr);
   }
+};
+
+class StreamLayer::Encode final : public Job {
+ public:
+  using Job::Job;
+
+ private:
+  void run(const StepContents& contents) override { layer_->encode_chunks(contents); }
 };
 
 class StreamLayer::Decode final : public Job {
@@ -83,6 +105,14 @@ void StreamLayer::launch_stored(void* stream, std::shared_ptr<StreamStep> step) 
   parts_.callbacks->launch(stream, std::make_unique<Stored>(shared_from_this(), std::move(step)));
 }
 
+void StreamLayer::launch_encode(void* stream, std::shared_ptr<StreamStep> step) {
+  if (parts_.signatures == nullptr)
+    refuse("This layer has no signatures to encode; make one with of_signatures.");
+  step->bind(*parts_.pages);
+  if (step->num_chunks() == 0) return;
+  parts_.callbacks->launch(stream, std::make_unique<Encode>(shared_from_this(), std::move(step)));
+}
+
 void StreamLayer::launch_decode(void* stream, std::shared_ptr<StreamStep> step) {
   step->bind(*parts_.pages);
   if (step->num_decodes() == 0) return;
@@ -97,6 +127,14 @@ void StreamLayer::launch_decode(void* stream, std::shared_ptr<StreamStep> step) 
 void StreamLayer::note_chunks(const StepContents& contents, bool with_codes) {
   parts_.pages->note_writes(contents.chunk_slots.data(), contents.chunk_slots.size());
   if (with_codes) ask_for_segments(contents.chunks());
+}
+
+void StreamLayer::encode_chunks(const StepContents& contents) {
+  const Requests chunks = contents.chunks();
+  const std::vector<int32_t> seq_lens = sampled_lengths(
+      chunks, parts_.exact_below, [&](int n) { return parts_.signature_rule.middle(n); });
+  parts_.signatures->encode({chunks.tables, chunks.stride, seq_lens.data(), chunks.size},
+                            parts_.isa, *parts_.pool);
 }
 
 void StreamLayer::decode(const StepContents& contents, const float* center) {
@@ -122,6 +160,8 @@ void StreamLayer::decode(const StepContents& contents, const float* center) {
     input.sample = &sample;
     input.center = center;
   }
+  const SignatureInput signatures = {&parts_.signature_rule, parts_.signatures};
+  if (parts_.signatures != nullptr) input.signatures = &signatures;
   std::vector<int32_t> rows(num_heads);
   DecodeOutput output = {};
   output.out = reinterpret_cast<uint8_t*>(exchange.out);
@@ -161,9 +201,8 @@ void StreamLayer::store(const StepContents& contents, bool with_codes) {
 /// Only requests that are long enough to be sampled are worth an index.
 void StreamLayer::ask_for_segments(const Requests& requests) {
   if (parts_.builder == nullptr || parts_.index == nullptr) return;
-  std::vector<int32_t> seq_lens(requests.seq_lens, requests.seq_lens + requests.size);
-  for (int32_t& seq_len : seq_lens)
-    if (middle_of(seq_len, *parts_.rule).size() < parts_.exact_below) seq_len = 0;
+  const std::vector<int32_t> seq_lens = sampled_lengths(
+      requests, parts_.exact_below, [&](int n) { return middle_of(n, *parts_.rule); });
   parts_.builder->ask(*parts_.index,
                       {requests.tables, requests.stride, seq_lens.data(), requests.size});
 }

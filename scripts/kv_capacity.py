@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +30,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_magicpig import capacity
 from vllm_magicpig.capacity import GIB, Capacity
-from vllm_magicpig.config import MagicPigOptions
+from vllm_magicpig.config import DEFAULT_INDEX, INDEXES, MagicPigOptions
 from vllm_magicpig.cost_model import MODELS, ModelShape
 from vllm_magicpig.device_backend import DevicePageBackend
 from vllm_magicpig.vllm_versions import kv_cache_planner
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = MODELS[args.model].shard(args.tp)
     except ValueError as error:
         sys.exit(f"kv_capacity: {error}")
-    options = MagicPigOptions()
+    options = MagicPigOptions(index=args.index)
     for layout in LAYOUTS:
         check_layout(model, options, args.block_size, layout)
     rows = [
@@ -68,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="KV capacity by card and host memory, Markdown.")
     parser.add_argument("--model", default="llama-3.1-8b", help=", ".join(MODELS))
+    parser.add_argument("--index", choices=INDEXES, default=DEFAULT_INDEX)
     parser.add_argument("--tp", type=positive, default=1, help="ranks, all on this machine")
     parser.add_argument("--block-size", type=positive, default=128, help="tokens")
     parser.add_argument("--cards", type=positive, nargs="+", default=[24, 40, 80], help="GiB each")
@@ -210,6 +211,7 @@ def capacity_row(
         capacity.index_bytes_per_block(sparse, heads, options.K, options.num_tables, block_size),
         block_bytes(model, options, block_size),
         index_spare_bytes=spare_bytes(model, options, block_size),
+        signature_block_bytes=signature_bytes(model, options, block_size),
     )
     # A worker reports no more device memory than its host pool has blocks for.
     reported = min(planned.device_bytes, planned.num_blocks * planned.device_block_bytes)
@@ -240,6 +242,17 @@ def spare_bytes(model: ModelShape, options: MagicPigOptions, block_size: int) ->
     )
 
 
+def signature_bytes(model: ModelShape, options: MagicPigOptions, block_size: int) -> int:
+    """Of one block, all sparse layers."""
+    return capacity.signature_block_bytes(
+        num_sparse_layers(model, options),
+        model.num_kv_heads,
+        model.head_size,
+        options.signature_bits,
+        block_size,
+    )
+
+
 def heading(
     name: str, model: ModelShape, options: MagicPigOptions, block_size: int, ranks: int
 ) -> str:
@@ -252,26 +265,37 @@ def heading(
         options.num_tables,
         block_size,
     )
-    index = capacity.index_bytes_per_block(
-        sparse, model.num_kv_heads, options.K, options.num_tables, block_size
-    )
-    spare = spare_bytes(model, options, block_size)
+    if options.has_signatures:
+        method = f"signatures of {options.bits} bits"
+        contents = "signatures"
+        beside = f"{signature_bytes(model, options, block_size):,} in signatures"
+    else:
+        method = f"K = {options.K}, L = {options.L}"
+        contents = "index"
+        index = capacity.index_bytes_per_block(
+            sparse, model.num_kv_heads, options.K, options.num_tables, block_size
+        )
+        spare = spare_bytes(model, options, block_size)
+        beside = (
+            f"up to {index:,} in the index; the largest segments take {spare / GIB:.1f} GiB more "
+            "while they are built"
+        )
     per_rank = "" if ranks == 1 else f", each of {ranks} ranks"
     return (
-        f"{name}{per_rank}, bf16, {model.num_layers - sparse} dense and {sparse} sparse layers, K = "
-        f"{options.K}, L = {options.L}. Device memory for KV is {capacity.GPU_MEMORY_UTILIZATION:.0%} "
+        f"{name}{per_rank}, bf16, {model.num_layers - sparse} dense and {sparse} sparse layers, "
+        f"{method}. Device memory for KV is {capacity.GPU_MEMORY_UTILIZATION:.0%} "
         f"of the card less {model.weight_bytes / 1e9:.2f} GB of weights and "
         f"{capacity.DEVICE_RESERVE_BYTES / GIB:g} GiB for activations, graphs and staging; pages and "
-        f"index take {capacity.DEFAULT_RAM_SHARE:.0%} of the host's free RAM. A block of {block_size} "
-        f"tokens takes {block_bytes(model, options, block_size):,} bytes on the device, {page:,} in "
-        f"host pages and up to {index:,} in the index; the largest segments take "
-        f"{spare / GIB:.1f} GiB more while they are built."
+        f"{contents} take {capacity.DEFAULT_RAM_SHARE:.0%} of the host's free RAM. A block of "
+        f"{block_size} tokens takes {block_bytes(model, options, block_size):,} bytes on the device, "
+        f"{page:,} in host pages and {beside}."
     )
 
 
-def table(rows: Iterable[Row]) -> Iterator[str]:
+def table(rows: Sequence[Row]) -> Iterator[str]:
     yield (
-        "| card GiB | for KV GiB | host free GiB | for pages and index GiB | blocks, device | "
+        "| card GiB | for KV GiB | host free GiB | for "
+        f"{rows[0].plan.host_contents} GiB | blocks, device | "
         "blocks, host | limit | tokens | requests of 128K | FLASH_ATTN tokens | requests of 128K |"
     )
     yield "|--:|--:|--:|--:|--:|--:|---|--:|--:|--:|--:|"

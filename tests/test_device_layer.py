@@ -20,13 +20,18 @@ from vllm_magicpig.device import CudaDevice
 from vllm_magicpig.device_buffers import DeviceBuffers, LayerShape
 from vllm_magicpig.device_layer import DeviceLayer
 from vllm_magicpig.device_step import DeviceStep, make_device_step
+from vllm_magicpig.host_pages import HostPages
 from vllm_magicpig.host_pool import HostPool
 from vllm_magicpig.key_center import KeyCenter
+from vllm_magicpig.layer_signatures import LayerSignatures
 from vllm_magicpig.projection import Projection
 
 HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, NUM_BLOCKS, MAX_REQS = 4, 2, 64, 128, 64, 8
 SCALE = HEAD_SIZE**-0.5
+FIRST_KV_HEAD = 2
 OPTIONS = MagicPigOptions(index="buckets", K=6, L=40, exact_below=256)
+SIGNATURES = MagicPigOptions(index="signatures", row_budget=0.1, exact_below=256, seed=3)
+each_index = pytest.mark.parametrize("options", [OPTIONS, SIGNATURES], ids=lambda o: o.index)
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 """Outputs are of size 4 at most and are rounded once by the kernel's own dtype and once at the end;
 float32: the kernels' sums over a few thousand tokens."""
@@ -68,7 +73,7 @@ class Model:
         self.builder = _C.SegmentBuilder([0])
         self.layers = []
         centers = [KeyCenter("passage", i, 0, KV_HEADS) for i in range(num_layers)]
-        self.centers = [] if options.is_exact else centers
+        self.centers = centers if options.has_buckets else []
         if is_fixed:
             self.fix_centers()
         for i in range(num_layers):
@@ -76,8 +81,8 @@ class Model:
             region = self.pool.layer(i).view(dtype).view(NUM_BLOCKS, KV_HEADS, BLOCK_SIZE, -1)
             self.layers.append(
                 DeviceLayer(
-                    options, i, shape, SCALE, region, center, device, self.buffers, isa, threads,
-                    self.builder if options.has_buckets else None, 0,
+                    options, i, shape, SCALE, FIRST_KV_HEAD, region, center, device, self.buffers,
+                    isa, threads, self.builder if options.has_buckets else None, 0,
                 )
             )  # fmt: skip
         self.blocks: dict[str, list[int]] = {}
@@ -171,7 +176,8 @@ class Model:
     def _expected(self, i: int, name: str, query: torch.Tensor, decoding: bool) -> torch.Tensor:
         keys, values = (x[i][name].transpose(0, 1) for x in (self.keys, self.values))
         if decoding and self._samples(i, keys.shape[1]):
-            return self._sampled(i, query[0], keys, values)[None]
+            sampled = self._drawn if self.options.has_signatures else self._sampled
+            return sampled(i, query[0], keys, values)[None]
         context = keys.shape[1] - len(query)
         outs = []
         for j in range(len(query)):
@@ -181,12 +187,12 @@ class Model:
         return torch.stack(outs)
 
     def _samples(self, i: int, num_tokens: int) -> bool:
-        index = self.layers[i].index
-        return (
-            index is not None
-            and index.center.value is not None
-            and (self.options.samples(num_tokens))
-        )
+        if self.options.has_buckets:
+            index = self.layers[i].index
+            assert index is not None
+            if index.center.value is None:
+                return False
+        return self.options.samples(num_tokens)
 
     def _sampled(
         self, i: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
@@ -207,14 +213,42 @@ class Model:
         )  # fmt: skip
         return out
 
+    def _drawn(
+        self, i: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """What the same rule draws from pages that hold this request alone, in the caller's time."""
+        options, n = self.options, keys.shape[1]
+        blocks = -(-n // BLOCK_SIZE)
+        memory = torch.zeros(blocks, KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE, dtype=self.dtype)
+        pages, pool = HostPages(memory, HEAD_SIZE, 0), _C.ThreadPool([0])
+        rows = (x.transpose(0, 1).contiguous() for x in (keys, values))
+        pages.store_rows(*rows, np.arange(n), pool)
+        signatures = LayerSignatures(options, pages, i, FIRST_KV_HEAD, _C.Isa.portable, pool)
+        layer = _C.DecodeLayer.of_signatures(
+            signatures.native,
+            signatures.rule,
+            scale=SCALE,
+            exact_below=options.exact_below,
+            isa=_C.Isa.portable,
+            pool=pool,
+        )
+        table = np.arange(blocks, dtype=np.int32)[None]
+        batch = _C.DecodeBatch(pages.native, table, np.array([n], np.int32))
+        out = torch.empty(1, *query.shape)
+        layer.attend(query[None].float(), batch, out)
+        return out[0].double()
+
 
 def worst(errors: list[dict[str, torch.Tensor]]) -> float:
     return max(float(error) for layer in errors for error in layer.values())
 
 
+@each_index
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_chunks_and_decode_steps_of_several_requests(device: Any, dtype: torch.dtype) -> None:
-    model = Model(device, dtype)
+def test_chunks_and_decode_steps_of_several_requests(
+    device: Any, dtype: torch.dtype, options: MagicPigOptions
+) -> None:
+    model = Model(device, dtype, options)
     bound = ROUNDING[dtype] * (1 if dtype == torch.float32 else 4)
     assert worst(model.step(a=600)) < bound
     assert worst(model.step(a=300, b=40)) < bound
@@ -248,12 +282,13 @@ def test_segments_built_behind_the_decode_steps_do_not_change_them(device: Any) 
     assert worst(model.step(a=1)) < 1e-5
 
 
+@each_index
 def test_steps_launched_back_to_back_without_waiting(
-    device: Any, monkeypatch: pytest.MonkeyPatch
+    device: Any, options: MagicPigOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with asynchronous scheduling: a step is launched while the one before it still runs, and
     its metadata takes the place of the other's."""
-    model = Model(device)
+    model = Model(device, options=options)
     model.step(a=900, b=400)
     if isinstance(device, FakeDevice):
         monkeypatch.setattr(device, "settle", lambda: None)
@@ -296,6 +331,49 @@ def test_python_never_waits_for_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     device.synchronize()
     device.callbacks.raise_error()
     assert worst(model._compare(new_tokens, query, key, value, [out])) < 1e-5
+
+
+def test_signatures_are_the_hosts_own(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is hashed; chunks are encoded behind their layer, and after warm-up is forgotten anew."""
+    model = Model(device, options=SIGNATURES, num_layers=1)
+    layer = model.layers[0]
+    monkeypatch.setattr(device.kernels, "simhash", None)
+    layer.warm_up()
+    model.step(a=700)
+    model.step(a=1)
+    assert layer.index is None
+    assert layer.signatures is not None
+    assert layer.signatures.native.num_encoded == 5
+    layer.forget()
+    assert layer.stats().decode_steps == 0
+    assert layer.signatures.used_bytes == 0
+    model.step(b=900, a=1)
+    assert layer.signatures.native.num_encoded == 5 + 7 + 5, "the request's own, and a's anew"
+    assert worst(model.step(b=1, a=1)) < 1e-5
+    assert layer.signatures.native.num_encoded == 17
+    assert layer.stats().sampled_heads == 3 * HEADS
+
+
+def test_blocks_are_written_after_the_layer_before_has_encoded_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only the next layer's chunks wait for it."""
+    device = FakeDevice()
+    model = Model(device, options=SIGNATURES, num_layers=1)
+    waits: list[tuple[int, int]] = []
+    wait_for = device.wait_for
+
+    def record(stream: int) -> None:
+        waits.append((device.current_stream(), stream))
+        wait_for(stream)
+
+    monkeypatch.setattr(device, "wait_for", record)
+    model.step(a=700)
+    buffers = model.buffers
+    assert (buffers.store_stream, buffers.encode_stream) in waits
+    assert (buffers.encode_stream, buffers.store_stream) in waits
+    others = [waiting for waiting, on in waits if on == buffers.encode_stream]
+    assert others == [buffers.store_stream]
 
 
 def test_dummy_steps_store_nothing(device: Any) -> None:

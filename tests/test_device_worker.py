@@ -34,7 +34,8 @@ def sampled_layer() -> SimpleNamespace:
     impl = MagicPigImpl.__new__(MagicPigImpl)  # its __init__ asks vLLM's current configuration
     impl.num_heads, impl.num_kv_heads, impl.head_size = 4, 2, 64
     impl.kv_cache_dtype, impl.sampled = "auto", None
-    impl.layer_index, impl.scale, impl._segments_reused = 1, 0.125, 0
+    impl.layer_index, impl.first_kv_head = 1, 0
+    impl.scale, impl._segments_reused = 0.125, 0
     impl.center = KeyCenter("none", 1, 0, 2)
     impl.center.prepare(64)
     return SimpleNamespace(impl=impl, attn_backend=DevicePageBackend)
@@ -110,6 +111,20 @@ def test_vllm_takes_as_many_device_bytes_as_the_hosts_blocks_need() -> None:
     assert worker.determine_available_memory() == blocks * DEVICE_BLOCK_BYTES
 
 
+def test_signatures_take_their_part_of_the_hosts_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(device_worker.logger, "info", lambda text, *rest: said.append(text % rest))
+    worker = Worker({**SIGNATURES, "host_kv_cache_gib": 0.05})
+    blocks = worker.determine_available_memory() // DEVICE_BLOCK_BYTES
+    assert any("GiB for pages and signatures)" in text for text in said)
+    with_layers = with_pool(blocks, index=SIGNATURES)
+    assert with_layers._host_pool is not None
+    layers = [impl.sampled for _, impl in with_layers._sampled_layers()]
+    taken = sum(with_layers._host_pool.layer(i).nbytes for i in range(2))
+    taken += sum(layer.signatures.memory.nbytes for layer in layers)
+    assert 0 <= 0.05 * GIB - taken < taken / blocks, "all of it, but for less than a block"
+
+
 def test_where_the_device_is_the_limit_its_bytes_stay() -> None:
     worker = Worker({"host_kv_cache_gib": 2})
     worker.device_bytes = 200 * DEVICE_BLOCK_BYTES
@@ -140,15 +155,23 @@ def test_the_check_can_be_switched_off_where_ram_grows_as_it_is_used(
     assert worker.determine_available_memory() > 0
 
 
-def with_pool(num_blocks: int, max_model_len: int = 4096) -> Worker:
+BUCKETS: dict[str, Any] = {"index": "buckets", "K": 4, "L": 20}
+SIGNATURES: dict[str, Any] = {"index": "signatures", "bits": 4}
+
+
+def with_pool(
+    num_blocks: int, max_model_len: int = 4096, index: dict[str, Any] = BUCKETS
+) -> Worker:
     """A worker whose sampled layers have their pages; max_model_len: once the cache is sized."""
-    worker = Worker(
-        {"index": "buckets", "K": 4, "L": 20, "exact_below": 100, "host_kv_cache_gib": 0.05}
-    )
+    worker = Worker({**index, "exact_below": 100, "host_kv_cache_gib": 0.05})
     worker.determine_available_memory()
     worker.vllm_config.model_config.max_model_len = max_model_len
     worker._isa, worker._pool = _C.resolve_isa("auto"), worker._make_pool()
-    worker._builder = _C.SegmentBuilder(worker._builder_cpus())
+    if index is BUCKETS:
+        worker._builder = _C.SegmentBuilder(worker._builder_cpus())
+    else:
+        for _, impl in worker._sampled_layers():
+            impl.center = None
     worker._bind_layers(SimpleNamespace(num_blocks=num_blocks))
     return worker
 
@@ -179,9 +202,10 @@ def test_block_tables_are_those_of_the_length_that_vllm_has_settled_on() -> None
     assert with_pool(num_blocks=8, max_model_len=900)._buffers.step.block_tables.shape == (4, 8)
 
 
-def test_what_warm_up_stored_and_counted_is_forgotten() -> None:
+@pytest.mark.parametrize("index", [BUCKETS, SIGNATURES], ids=lambda index: index["index"])
+def test_what_warm_up_stored_and_counted_is_forgotten(index: dict[str, Any]) -> None:
     """vLLM's V2 runner warms up with scheduled requests of made-up tokens."""
-    worker = with_pool(num_blocks=8)
+    worker = with_pool(num_blocks=8, index=index)
     layers = [impl for _, impl in worker._sampled_layers()]
 
     def warm_up() -> None:

@@ -548,6 +548,20 @@ class StreamLayer:
         isa: Isa,
         pool: ThreadPool,
     ) -> None: ...
+    @staticmethod
+    def of_signatures(
+        signatures: SignaturePool,
+        rule: SignatureRule,
+        exchange: DecodeExchange,
+        callbacks: HostCallbacks,
+        *,
+        scale: float,
+        exact_below: int,
+        isa: Isa,
+        pool: ThreadPool,
+    ) -> StreamLayer:
+        """A layer that samples by signatures from its first decode on, and takes neither codes nor a
+        center."""
     def set_center(self, center: npt.NDArray[np.float32]) -> None:
         """center: float32 [num_kv_heads, head_size], copied; once. What is launched before it
         decodes exactly and stores no codes; what is launched after it relies on the codes of all
@@ -556,6 +570,13 @@ class StreamLayer:
         """Notes the writes of the step's chunks, whose rows and codes the stream has stored by now,
         and asks the builder for segments. Any decode of these requests, or over their blocks, must
         come after it in stream order. Launches nothing for a step without chunks."""
+    def launch_encode(self, stream: int, step: StreamStep) -> None:
+        """Encodes what the step's chunks completed, of requests that are long enough to be sampled; comes
+        after `launch_stored` in stream order. Only rows of later chunks must wait for it: a decode
+        that comes first encodes what it needs. Launches nothing for a step without chunks.
+
+        Raises ValueError for a layer without signatures.
+        """
     def launch_decode(self, stream: int, step: StreamStep) -> None:
         """Stores the step's decoded tokens from the exchange and attends: exchange.out[:num_decodes]
         holds the result in stream order. Launches nothing for a step without decodes.

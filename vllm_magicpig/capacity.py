@@ -13,7 +13,7 @@ from dataclasses import dataclass
 GIB = 1 << 30
 
 DEFAULT_RAM_SHARE = 0.7
-"""Share of free RAM that all ranks of a machine take for pages and index by default.
+"""Share of free RAM that all ranks of a machine take for pages and what lies beside them by default.
 
 Pinned pages can neither be swapped nor reclaimed, so what is left must hold everything else, even
 at its peak: the page cache through which weights are read, each rank's own Python, CUDA context and
@@ -62,11 +62,14 @@ def host_block_bytes(
 def signature_block_bytes(
     num_sparse_layers: int, num_kv_heads: int, head_size: int, bits: int, block_size: int
 ) -> int:
-    """Bytes of one block in the signature pools of all sparse layers; block_size: a multiple of 128.
+    """Bytes of one block in the signature pools of all sparse layers; block_size: a multiple of 128;
+    bits 0 = no signatures.
 
     From the layout of signature_blocks.py: per kv head and 128 tokens, 2 tiles of 64 tokens of bits and
     a 16-bit factor, a bfloat16 mean and two floats, in whole cache lines.
     """
+    if bits == 0:
+        return 0
     size = 1 << (head_size - 1).bit_length()
     tiles = 128 * (bits * size // 8 + 2)
     of_128_tokens = _divide_up(tiles + 2 * head_size + 8, 64) * 64
@@ -193,7 +196,7 @@ def device_kv_bytes(card_bytes: int, weight_bytes: int) -> int:
 
 
 def default_host_bytes(free_ram_bytes: int, local_ranks: int) -> int:
-    """Bytes of pages and index that one rank takes unless host_kv_cache_gib is set.
+    """Bytes of host memory that one rank takes unless host_kv_cache_gib is set.
 
     free_ram_bytes: what this machine can give, MemAvailable or less where a cgroup limits it.
     """
@@ -225,7 +228,8 @@ def check_host_bytes(host_bytes: int, free_ram_bytes: int, local_ranks: int) -> 
 
 @dataclass(frozen=True)
 class Capacity:
-    """Blocks that fit both budgets. The byte figures are per block, but the two budgets."""
+    """Blocks that fit both budgets. The byte figures are per block, but the two budgets and the spare
+    bytes."""
 
     host_bytes: int
     device_bytes: int
@@ -233,17 +237,27 @@ class Capacity:
     index_bytes_per_block: int
     device_block_bytes: int
     index_spare_bytes: int
+    signature_block_bytes: int
+
+    @property
+    def _bytes_per_block(self) -> int:
+        return self.host_block_bytes + self.index_bytes_per_block + self.signature_block_bytes
 
     @property
     def host_blocks(self) -> int | None:
-        """Blocks whose pages and index the host budget holds; None without a sparse layer."""
-        per_block = self.host_block_bytes + self.index_bytes_per_block
+        """Blocks that the host budget holds, and all that lies beside their pages; None without a
+        sparse layer."""
+        per_block = self._bytes_per_block
         return max(self.host_bytes - self.index_spare_bytes, 0) // per_block if per_block else None
 
     def host_bytes_for(self, num_blocks: int) -> int:
-        """Pages, and the index once every block is sealed."""
-        per_block = self.host_block_bytes + self.index_bytes_per_block
-        return num_blocks * per_block + self.index_spare_bytes
+        """Pages with their signatures, or with the index once every block is sealed."""
+        return num_blocks * self._bytes_per_block + self.index_spare_bytes
+
+    @property
+    def host_contents(self) -> str:
+        """What the host budget is for."""
+        return "pages and signatures" if self.signature_block_bytes else "pages and index"
 
     @property
     def device_blocks(self) -> int:
@@ -285,8 +299,10 @@ def plan_blocks(
     device_block_bytes: int,
     *,
     index_spare_bytes: int = 0,
+    signature_block_bytes: int = 0,
 ) -> Capacity:
-    """The smaller of what host_bytes holds (pages AND index) and what device_bytes holds."""
+    """The smaller of what host_bytes holds (pages AND index or signatures) and what device_bytes
+    holds."""
     return Capacity(
         host_bytes=host_bytes,
         device_bytes=device_bytes,
@@ -294,6 +310,7 @@ def plan_blocks(
         index_bytes_per_block=index_bytes_per_block,
         device_block_bytes=device_block_bytes,
         index_spare_bytes=index_spare_bytes,
+        signature_block_bytes=signature_block_bytes,
     )
 
 
@@ -322,8 +339,8 @@ def check_one_request(capacity: Capacity, *, block_size: int, max_model_len: int
     if host_blocks is not None and host_blocks < needed:
         needed_bytes = capacity.host_bytes_for(needed)
         budgets.append(
-            f"{_gib_up(needed_bytes)} GiB of host memory for pages and index (there are "
-            f"{_gib_down(capacity.host_bytes)})"
+            f"{_gib_up(needed_bytes)} GiB of host memory for {capacity.host_contents} (there "
+            f"are {_gib_down(capacity.host_bytes)})"
         )
         remedies.insert(0, f"raise host_kv_cache_gib to at least {_gib_up(needed_bytes)}")
         if capacity.index_bytes_per_block:
@@ -353,11 +370,11 @@ def report(
     tokens = capacity.tokens(block_size)
     requests = _requests(capacity.requests(block_size, max_model_len))
     if capacity.limited_by == "host memory":
-        limit = f"host memory ({_gib(capacity.host_bytes)} GiB for pages and index)"
+        limit = f"host memory ({_gib(capacity.host_bytes)} GiB for {capacity.host_contents})"
     else:
         limit = (
             f"device memory, with {_gib(capacity.used_host_bytes)} of "
-            f"{_gib(capacity.host_bytes)} GiB of host memory for pages and index"
+            f"{_gib(capacity.host_bytes)} GiB of host memory for {capacity.host_contents}"
         )
     dense_blocks = capacity.device_bytes // dense_block_bytes
     dense_requests = _requests(concurrent_requests(dense_blocks, block_size, max_model_len))

@@ -79,6 +79,11 @@ class MagicPigOptions:
         return self.index == "signatures" and not self.is_exact
 
     @property
+    def signature_bits(self) -> int:
+        """Bits of a dimension whose pool lies beside the pages; 0 without signatures."""
+        return self.bits if self.has_signatures else 0
+
+    @property
     def center_file(self) -> str | None:
         """Path of the calibration file, None for the other ways to a centre."""
         return None if self.center in CENTERS_WITHOUT_FILE else self.center
@@ -108,6 +113,7 @@ _OF_INDEX = {
     "signatures": ("bits", "row_budget"),
 }
 """Options that the other index does not know; K = 0 is for both."""
+INDEXES = tuple(_OF_INDEX)
 _BITS = (1, 2, 4)
 _ISAS = ("auto", "avx512_vpopcnt", "avx512", "avx2", "portable")
 
@@ -196,7 +202,7 @@ def _checked(name: str, value: Any) -> Any:
     if name == "dense_layers":
         return _dense_layers(value)
     if name in ("isa", "index"):
-        choices = _ISAS if name == "isa" else tuple(_OF_INDEX)
+        choices = _ISAS if name == "isa" else INDEXES
         if value not in choices:
             raise _wrong(name, value, f"one of {', '.join(choices)}")
         return value

@@ -487,6 +487,9 @@ def held_requests(
         index_spare_bytes=capacity.index_spare_bytes(
             num_sparse, heads, options.K, options.num_tables, block_size, context
         ),
+        signature_block_bytes=capacity.signature_block_bytes(
+            num_sparse, heads, head_size, options.signature_bits, block_size
+        ),
     )
     dense_block = capacity.dense_block_bytes(
         model.num_layers, heads, head_size, itemsize, block_size

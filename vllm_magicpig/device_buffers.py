@@ -2,7 +2,8 @@
 before vLLM sizes its cache.
 
 Every layer joins its streams to the main one before it ends, and layers follow one another on the
-main stream, so one set serves them all.
+main stream, so one set serves them all. What runs in encode_stream, which is not joined, uses none of
+this memory.
 """
 
 from __future__ import annotations
@@ -109,6 +110,7 @@ class DeviceBuffers:
         self.prefill = {s: PrefillBuffers(device, s, options, max_tokens) for s in shapes}
         self.store_stream = device.new_stream()
         self.decode_stream = device.new_stream()
+        self.encode_stream = device.new_stream()
 
     def make_step_buffers(self, max_blocks: int) -> None:
         """`step`, all of it host memory, once vLLM's max_model_len is final: with --max-model-len -1

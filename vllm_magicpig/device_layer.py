@@ -2,8 +2,9 @@
 
 Decode: hash -> send -> (store, look up, attend) -> back, the middle part as a host callback in stream
 order. Prefill: rows and codes go to the pages on a side stream while the chunk attends itself; earlier
-pages come back on that stream, piece by piece, while the piece before them is attended. Python only
-launches and never waits.
+pages come back on that stream, piece by piece, while the piece before them is attended. Signatures are
+the host's own: no codes are sent, and what a chunk has completed is encoded on a third stream, which
+only the next layer's chunks wait for. Python only launches and never waits.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class DeviceLayer:
         layer_index: int,
         shape: LayerShape,
         scale: float,
+        first_kv_head: int,
         memory: torch.Tensor,
         center: KeyCenter | None,
         device: Device,
@@ -40,29 +42,22 @@ class DeviceLayer:
         builder: _C.SegmentBuilder | None,
         max_index_bytes: int,
     ) -> None:
-        """memory: this layer's part of the host pool, as for HostPages; center, builder: None
-        in exact mode."""
+        """first_kv_head: of this rank; memory: this layer's part of the host pool, as for HostPages;
+        center, builder: None where no buckets are used."""
         self.pages = HostPages(memory, shape.head_size, options.num_tables)
         self.index = make_index(
             options, self.pages, layer_index, center, isa, pool, builder, max_index_bytes
         )
-        self.signatures: LayerSignatures | None = None
+        self.signatures = (
+            LayerSignatures(options, self.pages, layer_index, first_kv_head, isa, pool)
+            if options.has_signatures
+            else None
+        )
         self.device, self.buffers = device, buffers
         self._decode, self._prefill = buffers.decode[shape], buffers.prefill[shape]
         self._scale, self._num_tables = scale, options.num_tables
         self._flash = flash_for(device.torch_device, shape.dtype, shape.head_size)
-        self._native = _C.StreamLayer(
-            self.pages.native,
-            None if self.index is None else self.index.rule,
-            None if self.index is None else self.index.native,
-            self._decode.native,
-            device.callbacks,
-            builder,
-            scale=scale,
-            exact_below=options.exact_below,
-            isa=isa,
-            pool=pool,
-        )
+        self._native = self._make_native(options, isa, pool, builder)
         # The hyperplanes and the centre as the device's kernels take them.
         self._planes: torch.Tensor | None = None
         self._center: torch.Tensor | None = None
@@ -71,6 +66,38 @@ class DeviceLayer:
             self._planes = planes.to(device.torch_device)
             if self.index.center.value is not None:
                 self.take_center()
+
+    def _make_native(
+        self,
+        options: MagicPigOptions,
+        isa: _C.Isa,
+        pool: _C.ThreadPool,
+        builder: _C.SegmentBuilder | None,
+    ) -> _C.StreamLayer:
+        exchange, callbacks = self._decode.native, self.device.callbacks
+        if self.signatures is not None:
+            return _C.StreamLayer.of_signatures(
+                self.signatures.native,
+                self.signatures.rule,
+                exchange,
+                callbacks,
+                scale=self._scale,
+                exact_below=options.exact_below,
+                isa=isa,
+                pool=pool,
+            )
+        return _C.StreamLayer(
+            self.pages.native,
+            None if self.index is None else self.index.rule,
+            None if self.index is None else self.index.native,
+            exchange,
+            callbacks,
+            builder,
+            scale=self._scale,
+            exact_below=options.exact_below,
+            isa=isa,
+            pool=pool,
+        )
 
     def forward(
         self,
@@ -87,9 +114,15 @@ class DeviceLayer:
         if step.spans:
             with device.on(self.buffers.store_stream):
                 device.wait_for(main)
+                # Blocks may have changed their owner: none is written while it is being encoded.
+                device.wait_for(self.buffers.encode_stream)
                 for span in step.spans:
                     device.launch(self._store, key, value, step, span)
                 self._native.launch_stored(device.handle(), step.native)
+            if self.signatures is not None:
+                with device.on(self.buffers.encode_stream):
+                    device.wait_for(self.buffers.store_stream)
+                    self._native.launch_encode(device.handle(), step.native)
         if step.num_decodes:
             # Beside chunks the host attends while the device does, else in the caller's stream.
             stream = self.buffers.decode_stream if step.spans else main

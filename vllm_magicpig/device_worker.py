@@ -17,6 +17,7 @@ from vllm_magicpig.device_backend import DevicePageBackend
 from vllm_magicpig.device_buffers import DeviceBuffers, LayerShape
 from vllm_magicpig.device_layer import DeviceLayer
 from vllm_magicpig.host_pool import HostPool, free_ram_bytes
+from vllm_magicpig.huge_pages import renew_on_huge_pages
 from vllm_magicpig.worker import MagicPigWorker
 
 logger = init_logger("vllm.magicpig.worker")
@@ -112,6 +113,16 @@ class DevicePagesWorker(MagicPigWorker):
                 )
                 for shape in shapes
             ),
+            signature_block_bytes=sum(
+                capacity.signature_block_bytes(
+                    1,
+                    shape.num_kv_heads,
+                    shape.head_size,
+                    options.signature_bits,
+                    self._block_size,
+                )
+                for shape in shapes
+            ),
         )
 
     # ------------------------------------------------------------------------------------ layers
@@ -154,22 +165,25 @@ class DevicePagesWorker(MagicPigWorker):
         for number, (impl, shape) in enumerate(layers):
             elements = _token_bytes(shape, options.num_tables) // shape.dtype.itemsize
             region = self._host_pool.layer(number).view(shape.dtype)
-            impl.bind(
-                DeviceLayer(
-                    options,
-                    impl.layer_index,
-                    shape,
-                    impl.scale,
-                    region.view(num_blocks, shape.num_kv_heads, block_size, elements),
-                    impl.center,
-                    self._device,
-                    self._buffers,
-                    self._isa,
-                    self._pool,
-                    self._builder,
-                    self._max_index_bytes(shape.num_kv_heads, num_blocks),
-                )
+            sampled = DeviceLayer(
+                options,
+                impl.layer_index,
+                shape,
+                impl.scale,
+                impl.first_kv_head,
+                region.view(num_blocks, shape.num_kv_heads, block_size, elements),
+                impl.center,
+                self._device,
+                self._buffers,
+                self._isa,
+                self._pool,
+                self._builder,
+                self._max_index_bytes(shape.num_kv_heads, num_blocks),
             )
+            impl.bind(sampled)
+            if sampled.signatures is not None:
+                memory = sampled.signatures.memory
+                renew_on_huge_pages(memory.data_ptr(), memory.nbytes, cpus)
 
     def _shape(self, impl: Any) -> LayerShape:
         dtype = impl.kv_cache_dtype
