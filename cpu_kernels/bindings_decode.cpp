@@ -184,7 +184,7 @@ const uint16_t* codes_of_call(const BoundDecode& layer, const std::optional<py::
 
 void attend(BoundDecode& self, py::handle query, const BoundBatch& batch, py::handle out,
             std::optional<py::array>& lse, std::optional<py::array>& rows,
-            const std::optional<py::array>& query_codes) {
+            const std::optional<py::array>& query_codes, std::optional<py::array>& error_bars) {
   const Clock::time_point start = Clock::now();
   const Pages& pages = self.pages->pages;
   if (batch.num_blocks != pages.num_blocks() || batch.block_size != pages.layout().block_size)
@@ -231,20 +231,31 @@ void attend(BoundDecode& self, py::handle query, const BoundBatch& batch, py::ha
     result.sampled_rows = own_rows.data();
   }
 
+  float* const bars = error_bars ? output<float>("error_bars", *error_bars, heads) : nullptr;
+
+  const auto named = [](const char* name, const std::optional<py::array>& array) {
+    return array.has_value() ? Named{name, *array} : Named{name, {0, 0}};
+  };
   const Named written[] = {{"out", outputs.extent()},
-                           lse.has_value() ? Named{"lse", *lse} : Named{"lse", {0, 0}},
-                           rows.has_value() ? Named{"rows", *rows} : Named{"rows", {0, 0}}};
-  const Named read[] = {
-      {"query", queries.extent()},
-      {"the memory of the pages", self.pages->memory},
-      query_codes.has_value() ? Named{"query_codes", *query_codes} : Named{"query_codes", {0, 0}}};
+                           named("lse", lse),
+                           named("rows", rows),
+                           named("error_bars", error_bars)};
+  const Named read[] = {{"query", queries.extent()},
+                        {"the memory of the pages", self.pages->memory},
+                        named("query_codes", query_codes)};
   for (const Named& one : written)
     for (const Named& other : read) check_apart(one, {other});
-  check_apart(written[0], {written[1], written[2]});
-  check_apart(written[1], {written[2]});
+  check_apart(written[0], {written[1], written[2], written[3]});
+  check_apart(written[1], {written[2], written[3]});
+  check_apart(written[2], {written[3]});
 
   py::gil_scoped_release release;
   decode_attention(pages, requests, in, result, self.isa, *self.pool);
+  if (bars != nullptr) {
+    const size_t size = static_cast<size_t>(requests.size) * static_cast<size_t>(in.num_q_heads);
+    result.error_bars.resize(size, std::numeric_limits<float>::quiet_NaN());
+    std::copy_n(result.error_bars.data(), size, bars);
+  }
   self.record.add(nullptr, in.num_q_heads, result, 0, nanoseconds_since(start));
 }
 
@@ -267,6 +278,8 @@ void bind_decode(py::module_& m) {
       .def_readonly("exact_heads", &DecodeCounters::exact_heads)
       .def_readonly("sampled_rows", &DecodeCounters::sampled_rows)
       .def_readonly("middle_rows", &DecodeCounters::middle_rows)
+      .def_readonly("error_bars", &DecodeCounters::error_bars)
+      .def_readonly("error_bar_sum", &DecodeCounters::error_bar_sum)
       .def_readonly("hash_ns", &DecodeCounters::hash_ns)
       .def_readonly("lookup_ns", &DecodeCounters::lookup_ns)
       .def_readonly("attend_ns", &DecodeCounters::attend_ns)
@@ -283,7 +296,8 @@ void bind_decode(py::module_& m) {
       .def("set_center", &set_center, array_arg("center"))
       .def("attend", &attend, arg("query"), arg("batch"), arg("out"),
            array_arg("lse").none(true) = py::none(), array_arg("rows").none(true) = py::none(),
-           array_arg("query_codes").none(true) = py::none())
+           array_arg("query_codes").none(true) = py::none(),
+           array_arg("error_bars").none(true) = py::none())
       .def_property_readonly("counters", [](const BoundDecode& d) { return d.record.counters(); })
       .def("recent_rows", [](const BoundDecode& d) { return recent_rows(d.record); })
       .def("forget_steps", [](BoundDecode& d) { d.record.forget(); });

@@ -1,5 +1,8 @@
 #include "decode_record.h"
 
+#include <algorithm>
+#include <cmath>
+
 namespace magicpig {
 
 void DecodeRecord::add(const int64_t* slots, int num_q_heads, const DecodeOutput& output,
@@ -20,6 +23,13 @@ void DecodeRecord::add(const int64_t* slots, int num_q_heads, const DecodeOutput
       recent_rows_[position] = rows[head];
       counters_.sampled_rows += static_cast<uint64_t>(rows[head]);
       counters_.middle_rows += static_cast<uint64_t>(output.middles[i]);
+    }
+    if (output.error_bars.empty()) continue;
+    const float* bars = output.error_bars.data() + i * static_cast<size_t>(num_q_heads);
+    for (int head = 0; head < num_q_heads; ++head) {
+      if (std::isnan(bars[head])) continue;
+      ++counters_.error_bars;
+      counters_.error_bar_sum += static_cast<double>(std::min(bars[head], kMostErrorBar));
     }
   }
   if (!real) return;

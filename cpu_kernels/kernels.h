@@ -51,6 +51,15 @@ struct Softmax {
 /// Finite, so that the difference of two maxima is never inf - inf.
 constexpr float kNoMax = -1e30f;
 
+/// Of the rows that one query head was listed with chances u below 1: what its error bar needs.
+///
+/// c = exp(2 (logit - max)) (1 - u) of the softmax's max, where the logit has -log u in it: with
+/// w = 1 / u and e of the logit without it, c / sum^2 is w (w - 1) e^2 / Z^2.
+struct ErrorSums {
+  float weight;  // sum of c
+  float square;  // sum of c |V|^2
+};
+
 struct AttendArgs {
   RowType row_type;
   int head_size;
@@ -65,6 +74,8 @@ struct AttendArgs {
   const float* costs;          // -log u of each row, kMaxLanes more may be read; null: likewise 1
   Softmax* softmax;            // [num_heads]
   float* acc;                  // [num_heads][head_size], sum of exp(logit - max) * V
+  ErrorSums* errors;           // [num_heads]; null: not wanted, as without costs
+  float* error_acc;            // [num_heads][head_size], sum of c V; of errors
 };
 
 /// What SimHash::hash needs (hashing.cpp).

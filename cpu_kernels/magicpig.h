@@ -592,8 +592,10 @@ struct DecodeOutput {
   float* lse;                    // [num_reqs][num_q_heads], or null
   int32_t* sampled_rows;         // [num_reqs][num_q_heads], -1 where exact
   std::vector<int32_t> middles;  // tokens of each request that were sampled from, 0 where exact
-  uint64_t hash_ns = 0;          // of the call
-  uint64_t lookup_ns = 0;        // summed over threads
+  /// [num_reqs][num_q_heads] of signature_reference, NaN where not due or exact; else empty.
+  std::vector<float> error_bars;
+  uint64_t hash_ns = 0;    // of the call
+  uint64_t lookup_ns = 0;  // summed over threads
   uint64_t attention_ns = 0;
   size_t unsealed_stretches = 0;  // full stretches of sampled requests without a segment
 };

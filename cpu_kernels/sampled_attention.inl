@@ -476,11 +476,19 @@ inline void dot_products(const AttendArgs& args, const float* queries, const uin
 /// By what logits are corrected: nothing, Weighting at the row's cosine, or AttendArgs::costs.
 enum class RowWeights { none, by_cosine, given };
 
-/// Turns one head's dot products into weights exp(logit - max), moving its softmax along.
+/// acc *= factor
+inline void scale_vector(float* acc, int head_size, float factor) {
+  for_each_vector(head_size, [&](int d, auto lanes) {
+    store(acc + d, load(acc + d, lanes) * broadcast(factor), lanes);
+  });
+}
+
+/// Turns one head's dot products into weights exp(logit - max), moving its sums along.
 template <RowWeights kWeights>
-inline void softmax_step(const AttendArgs& args, int num_rows, Logits& logits,
-                         [[maybe_unused]] const float* costs, float* dot, Softmax& softmax,
-                         float* acc) {
+inline void softmax_step(const AttendArgs& args, int head, int num_rows, Logits& logits,
+                         [[maybe_unused]] const float* costs, float* dot) {
+  Softmax& softmax = args.softmax[head];
+  const size_t first = static_cast<size_t>(head) * args.head_size;
   Vec largest = broadcast(softmax.max);
   for (int i = 0; i < num_rows; i += kLanes) {
     Vec logit = load(dot + i);
@@ -507,9 +515,15 @@ inline void softmax_step(const AttendArgs& args, int num_rows, Logits& logits,
     store(shrink, exp_of_negative(broadcast(softmax.max) - broadcast(max)));
     softmax.max = max;
     softmax.sum *= shrink[0];
-    for_each_vector(args.head_size, [&](int d, auto lanes) {
-      store(acc + d, load(acc + d, lanes) * broadcast(shrink[0]), lanes);
-    });
+    scale_vector(args.acc + first, args.head_size, shrink[0]);
+    if constexpr (kWeights == RowWeights::given) {
+      if (args.errors != nullptr) {
+        const float square = shrink[0] * shrink[0];
+        args.errors[head].weight *= square;
+        args.errors[head].square *= square;
+        scale_vector(args.error_acc + first, args.head_size, square);
+      }
+    }
   }
   Vec sum = broadcast(0.0f);
   for (int i = 0; i < num_rows; i += kLanes) {
@@ -549,35 +563,89 @@ inline void accumulate_values(const uint8_t* const* rows, int num_rows, const Lo
     if (d < head_size) add_columns(first_lanes(head_size - d));
 }
 
+/// What the error bars of all heads need of a tile's rows; 0 beyond the last.
+struct RowErrors {
+  float unlisted[kTileRows];  // 1 - u
+  float square[kTileRows];    // |V|^2
+};
+
+template <class Element>
+inline void row_errors(const AttendArgs& args, int first_row, int num_rows, RowErrors& errors) {
+  for (int i = 0; i < num_rows; i += kLanes) {
+    const Vec u = exp_of_negative(broadcast(0.0f) - load(args.costs + first_row + i));
+    const Vec rest = broadcast(1.0f) - u;
+    store(errors.unlisted + i, select(first_lanes(num_rows - i), rest, broadcast(0.0f)));
+  }
+  memset(errors.square, 0, sizeof errors.square);
+  const size_t value_offset = static_cast<size_t>(args.head_size) * Element::kBytes;
+  for (int r = 0; r < num_rows; r += kAccumulators) {
+    Vec sums[kAccumulators];
+    for (int i = 0; i < kAccumulators; ++i) {
+      sums[i] = broadcast(0.0f);
+      const uint8_t* value = args.rows[first_row + smaller(r + i, num_rows - 1)] + value_offset;
+      for_each_vector(args.head_size, [&](int d, auto lanes) {
+        const Vec v = load_row(Element{}, value + d * Element::kBytes, lanes);
+        sums[i] = multiply_add(v, v, sums[i]);
+      });
+    }
+    sum_lanes_of_8(sums, errors.square + r);
+  }
+}
+
+/// Turns one head's weights into c, and adds up what needs no V.
+inline void error_step(const RowErrors& rows, int num_rows, float* dot, ErrorSums& errors) {
+  Vec weight = broadcast(0.0f), square = broadcast(0.0f);
+  for (int i = 0; i < num_rows; i += kLanes) {
+    const Vec share = load(dot + i);
+    const Vec c = share * share * load(rows.unlisted + i);
+    store(dot + i, c);
+    weight = weight + c;
+    square = multiply_add(c, load(rows.square + i), square);
+  }
+  errors.weight += sum_lanes(weight);
+  errors.square += sum_lanes(square);
+}
+
 template <class Element, int kHeads, RowWeights kWeights>
-inline void attend_tile(const AttendArgs& args, int head, int first_row, int num_rows) {
+inline void attend_tile(const AttendArgs& args, int head, int first_row, int num_rows,
+                        [[maybe_unused]] const RowErrors& errors) {
   const uint8_t* const* rows = args.rows + first_row;
   Logits logits;
-  float* acc = args.acc + static_cast<size_t>(head) * args.head_size;
+  const size_t first = static_cast<size_t>(head) * args.head_size;
   const float* costs = nullptr;
   if constexpr (kWeights == RowWeights::given) costs = args.costs + first_row;
   // The first heads bring the rows into L1; the others find them there.
   dot_products<Element, kHeads, kWeights == RowWeights::by_cosine>(
-      args, args.queries + static_cast<size_t>(head) * args.head_size, rows, num_rows,
-      args.num_rows - first_row + args.num_rows_ahead, head == 0, logits);
+      args, args.queries + first, rows, num_rows, args.num_rows - first_row + args.num_rows_ahead,
+      head == 0, logits);
   for (int h = 0; h < kHeads; ++h)
-    softmax_step<kWeights>(args, num_rows, logits, costs, logits.dot[h], args.softmax[head + h],
-                           acc + h * args.head_size);
+    softmax_step<kWeights>(args, head + h, num_rows, logits, costs, logits.dot[h]);
   accumulate_values<Element, kHeads, kAccumulators / kHeads>(rows, num_rows, logits, args.head_size,
-                                                             0, acc);
+                                                             0, args.acc + first);
+  if constexpr (kWeights == RowWeights::given) {
+    if (args.errors == nullptr) return;
+    for (int h = 0; h < kHeads; ++h)
+      error_step(errors, num_rows, logits.dot[h], args.errors[head + h]);
+    accumulate_values<Element, kHeads, kAccumulators / kHeads>(
+        rows, num_rows, logits, args.head_size, 0, args.error_acc + first);
+  }
 }
 
 /// All heads over one tile of rows.
 template <class Element, RowWeights kWeights>
 inline void attend_heads(const AttendArgs& args, int first_row, int num_rows) {
+  RowErrors errors;
+  if constexpr (kWeights == RowWeights::given)
+    if (args.errors != nullptr) row_errors<Element>(args, first_row, num_rows, errors);
   int head = 0;
   for (; head + 4 <= args.num_heads; head += 4)
-    attend_tile<Element, 4, kWeights>(args, head, first_row, num_rows);
+    attend_tile<Element, 4, kWeights>(args, head, first_row, num_rows, errors);
   if (head + 2 <= args.num_heads) {
-    attend_tile<Element, 2, kWeights>(args, head, first_row, num_rows);
+    attend_tile<Element, 2, kWeights>(args, head, first_row, num_rows, errors);
     head += 2;
   }
-  if (head < args.num_heads) attend_tile<Element, 1, kWeights>(args, head, first_row, num_rows);
+  if (head < args.num_heads)
+    attend_tile<Element, 1, kWeights>(args, head, first_row, num_rows, errors);
 }
 
 template <class Element>
@@ -590,7 +658,7 @@ inline void attend_rows(const AttendArgs& args) {
   for (int r = 0; r < args.num_rows; r += kTileRows) {
     const int num_rows = smaller(kTileRows, args.num_rows - r);
     if (args.weighting != nullptr)
-      attend_tile<Element, 1, RowWeights::by_cosine>(args, 0, r, num_rows);
+      attend_heads<Element, RowWeights::by_cosine>(args, r, num_rows);
     else if (args.costs != nullptr)
       attend_heads<Element, RowWeights::given>(args, r, num_rows);
     else

@@ -386,6 +386,7 @@ ARGUMENTS: dict[str, Callable[[Case], Any]] = {
     "out": in_either_dtype("num_rows", "num_q_heads", "head_size"),
     "rows": lambda case: sized(counts, *QUERY)(case) if case.rng.random() < 0.8 else None,
     "lse": lambda case: sized(floats, *QUERY)(case) if case.rng.random() < 0.8 else None,
+    "error_bars": lambda case: sized(floats, *QUERY)(case) if case.rng.random() < 0.8 else None,
     "DecodeExchange.query": sized(floats, *DECODES, "head_size"),
     "DecodeExchange.key": sized(rows, *DECODED, "head_size"),
     "DecodeExchange.value": sized(rows, *DECODED, "head_size"),

@@ -116,7 +116,13 @@ class Paged:
         )
 
     def attend(
-        self, query: torch.Tensor, budget: float, scale: float, isa: _C.Isa, threads: int = 2
+        self,
+        query: torch.Tensor,
+        budget: float,
+        scale: float,
+        isa: _C.Isa,
+        threads: int = 2,
+        error_bars: npt.NDArray[np.float32] | None = None,
     ) -> tuple[torch.Tensor, npt.NDArray[np.float32], npt.NDArray[np.int32]]:
         """(out float32, lse, rows) of a decode step, each [num_requests, num_q_heads, ...]."""
         layer = self.native.DecodeLayer.of_signatures(
@@ -131,7 +137,7 @@ class Paged:
         lse = np.empty(query.shape[:2], dtype=np.float32)
         rows = np.empty(query.shape[:2], dtype=np.int32)
         batch = self.native.DecodeBatch(self.pages, self.tables, self.lengths)
-        layer.attend(query, batch, out, lse, rows)
+        layer.attend(query, batch, out, lse, rows, None, error_bars)
         return out, lse, rows
 
 

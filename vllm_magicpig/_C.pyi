@@ -345,6 +345,12 @@ class DecodeCounters:
     @property
     def middle_rows(self) -> int: ...
     @property
+    def error_bars(self) -> int:
+        """Query heads that had one, over steps."""
+    @property
+    def error_bar_sum(self) -> float:
+        """Of these, each at most 1."""
+    @property
     def hash_ns(self) -> int:
         """Hashing of queries; 0 where their codes are given."""
     @property
@@ -400,6 +406,7 @@ class DecodeLayer:
         lse: npt.NDArray[np.float32] | None = None,
         rows: npt.NDArray[np.int32] | None = None,
         query_codes: npt.NDArray[np.uint16] | None = None,
+        error_bars: npt.NDArray[np.float32] | None = None,
     ) -> None:
         """One decode step.
 
@@ -408,7 +415,9 @@ class DecodeLayer:
         the other. Written are the batch's tokens of out; lse: float32 [num_reqs, num_q_heads], natural
         logarithm; rows: int32 [num_reqs, num_q_heads], how many the middle's sample has, -1 where exact.
         A request of seq_len 0 gets zeros and -inf. query_codes: uint16 [num_reqs, num_q_heads,
-        num_tables], where the layer has a center but no hasher.
+        num_tables], where the layer has a center but no hasher. error_bars: float32 [num_reqs,
+        num_q_heads], signature_reference.error_bar in the steps whose position plus kv head is a
+        multiple of 16, NaN in others, where exact and without signatures.
         """
     @property
     def counters(self) -> DecodeCounters: ...
