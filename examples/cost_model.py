@@ -135,6 +135,8 @@ def options_of(text: str) -> MagicPigOptions:
         raise ValueError(
             f'options {text} are not a JSON object ({error}); write, for example, {{"K": 9}}.'
         ) from error
+    if isinstance(given, dict):  # the model is of buckets
+        given = {"index": "buckets", **given}
     return parse_options({"magicpig": given})
 
 
@@ -293,7 +295,7 @@ def paper_check(question: Question) -> str:
     model, host = MODELS["llama-3.1-8b"], Host.assumed(300, 48, 256)
     step = cost_model.sampled_step(
         model,
-        MagicPigOptions(),
+        MagicPigOptions(index="buckets"),
         GPUS["RTX 4090"],
         host,
         1,

@@ -561,7 +561,7 @@ def test_no_plot_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def measured(error: float = 0.0) -> dict[str, Any]:
     """A report whose times are the model's own, but for an error of its predictions."""
     options = {"dense_layers": [0, 1], "index": "buckets", "K": 9, "L": 120}
-    native = MagicPigOptions(dense_layers=(0, 1), K=9, L=120)
+    native = MagicPigOptions(index="buckets", dense_layers=(0, 1), K=9, L=120)
     constants = {"callback_us": 31.0}
     found = step(
         options=native,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -38,6 +40,7 @@ def expected(paged: Paged, query: torch.Tensor, request: int, budget: float) -> 
     return found
 
 
+BUDGET = 0.05
 SHAPES = [
     # dtype, head size, bits, kv heads, group, lengths, block size
     (torch.bfloat16, 128, 2, 2, 4, (4100, 700), 128),
@@ -49,20 +52,27 @@ SHAPES = [
 ]
 
 
+@functools.cache
+def drawn(shape: tuple) -> tuple[Paged, torch.Tensor, list[list[draw.Chosen]]]:
+    """(pages, queries, the reference's lists of each request), once for all instruction sets."""
+    dtype, head_size, bits, kv_heads, group, lengths, block_size = shape
+    paged = Paged(dtype, head_size, bits, kv_heads, lengths, block_size)
+    query = a_query(paged, group)
+    return (
+        paged,
+        query,
+        [expected(paged, query[request], request, BUDGET) for request in range(len(lengths))],
+    )
+
+
 @each_isa
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_lists_are_those_of_the_reference(isa: _C.Isa, shape: tuple) -> None:
-    dtype, head_size, bits, kv_heads, group, lengths, block_size = shape
-    paged = Paged(dtype, head_size, bits, kv_heads, lengths, block_size)
-    generator = torch.Generator().manual_seed(5)
-    query = 6 * torch.randn(len(lengths), kv_heads * group, head_size, generator=generator)
-    budget = 0.05
-    lists = paged.lists(query, budget, SCALE, isa)
-    for request, of_request in enumerate(lists):
-        for chosen, (tokens, chances) in zip(
-            expected(paged, query[request], request, budget), of_request, strict=True
-        ):
-            start = reference.middle(lengths[request], paged.sink, paged.window).start
+    paged, query, references = drawn(shape)
+    lists = paged.lists(query, BUDGET, SCALE, isa)
+    for n, of_request, reference_lists in zip(paged.seq_lens, lists, references, strict=True):
+        start = reference.middle(n, paged.sink, paged.window).start
+        for chosen, (tokens, chances) in zip(reference_lists, of_request, strict=True):
             where = chosen.listed.nonzero()[:, 0]
             assert tokens.tolist() == (where + start).tolist()
             assert np.array_equal(

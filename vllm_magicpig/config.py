@@ -11,7 +11,7 @@ from typing import Any
 DENSE_LAYER_STRIDE = 16
 """Default dense layers: 0, 16, 32, ... as in the paper's Llama-3.1-8B set-up (section 5)."""
 
-DEFAULT_INDEX = "buckets"
+DEFAULT_INDEX = "signatures"
 
 COMPILE_KEY = "magicpig_compile_key"
 """Of additional_config, beside the user's "magicpig": what compile_key.py puts there."""

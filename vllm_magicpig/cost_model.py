@@ -303,6 +303,11 @@ def sampled_step(
     found in the cache and costs less than is said here. Sink and window are read once a group.
     Tokens past the last full segment, half of the smallest on average, are compared by code.
     """
+    if options.has_signatures:
+        raise ValueError(
+            'the cost model is of index "buckets", but the options have index "signatures", whose '
+            "terms nobody has measured on a GPU; ask for buckets."
+        )
     _check_fraction(fraction)
     if not options.samples(context):
         raise ValueError(

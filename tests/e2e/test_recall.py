@@ -188,8 +188,8 @@ def test_without_centring_recall_breaks(dense: Answers, uncentred: Answers, leng
 def test_the_most_frequent_word_is_named_as_often(
     dense: Answers, sampled: Answers, signed: Answers
 ) -> None:
-    print("dense {}, buckets {}, signatures {} of {}".format(
-        dense.counts_right, sampled.counts_right, signed.counts_right, NUM_COUNTS))  # fmt: skip
+    print(f"of {NUM_COUNTS}: dense {dense.counts_right}, buckets {sampled.counts_right}, "
+          f"signatures {signed.counts_right}")  # fmt: skip
     assert dense.counts_right >= NUM_COUNTS - 1
     assert sampled.counts_right >= dense.counts_right
     assert signed.counts_right >= dense.counts_right
