@@ -76,7 +76,13 @@ def _counts_right(llm: LLM) -> int:
     )
 
 
-def _answer(model: Path, backend: str, stages: str, options: dict[str, Any] | None) -> Answers:
+def _answer(
+    model: Path,
+    backend: str,
+    stages: str,
+    options: dict[str, Any] | None,
+    lengths: tuple[int, ...] = CHAIN_LENGTHS,
+) -> Answers:
     """stages: any of "chains", "counts" and "loop"."""
     stats: dict[str, dict[str, Any]] = {}
     scores: dict[int, float] = {}
@@ -90,7 +96,7 @@ def _answer(model: Path, backend: str, stages: str, options: dict[str, Any] | No
 
         note("start")
         if "chains" in stages:
-            for length in CHAIN_LENGTHS:
+            for length in lengths:
                 scores[length] = _chain_score(llm, length, options is not None)
                 note(f"chains {length}")
         if "counts" in stages:
@@ -158,29 +164,45 @@ def sampled(model: Path, spy: SampleSpy) -> Iterator[Answers]:
 
 @pytest.fixture(scope="module")
 def signed(model: Path) -> Answers:
-    return _answer(model, "magicpig", "chains counts", {"index": "signatures"})
+    return _answer(model, "magicpig", "chains counts", {"index": "signatures"}, CHAIN_LENGTHS[-1:])
 
 
 @pytest.fixture(scope="module")
 def uncentred(model: Path) -> Answers:
     return _answer(
-        model, "magicpig", "chains", {"index": "buckets", "K": 10, "L": 150, "center": "none"}
+        model,
+        "magicpig",
+        "chains",
+        {"index": "buckets", "K": 10, "L": 150, "center": "none"},
+        CHAIN_LENGTHS[:1],
     )
+
+
+# One more engine in each of the first tests, as each has its own limit of time.
+
+
+def test_the_model_knows_the_answers(dense: Answers) -> None:
+    assert min(dense.chain_scores.values()) >= 0.95
+    assert dense.counts_right >= NUM_COUNTS - 1
 
 
 @pytest.mark.parametrize("length", CHAIN_LENGTHS)
 def test_chains_are_recited_as_with_dense_attention(
-    dense: Answers, sampled: Answers, signed: Answers, length: int
+    dense: Answers, sampled: Answers, length: int
 ) -> None:
-    scores = [answers.chain_scores[length] for answers in (dense, sampled, signed)]
-    print("{} tokens: dense {:.3f}, buckets {:.3f}, signatures {:.3f}".format(length, *scores))
-    assert scores[0] >= 0.95, "the model itself does not know the answers"
-    assert scores[1] >= 0.98 * scores[0]
-    assert scores[2] >= scores[0]
+    print(f"{length} tokens: dense {dense.chain_scores[length]:.3f}, "
+          f"buckets {sampled.chain_scores[length]:.3f}")  # fmt: skip
+    assert sampled.chain_scores[length] >= 0.98 * dense.chain_scores[length]
 
 
-@pytest.mark.parametrize("length", CHAIN_LENGTHS)
-def test_without_centring_recall_breaks(dense: Answers, uncentred: Answers, length: int) -> None:
+def test_signatures_recite_chains_as_dense_attention_does(dense: Answers, signed: Answers) -> None:
+    length = CHAIN_LENGTHS[-1]
+    print(f"{length} tokens: signatures {signed.chain_scores[length]:.3f}")
+    assert signed.chain_scores[length] >= dense.chain_scores[length]
+
+
+def test_without_centring_recall_breaks(dense: Answers, uncentred: Answers) -> None:
+    length = CHAIN_LENGTHS[0]
     print(f"{length} tokens: uncentred {uncentred.chain_scores[length]:.3f}")
     assert uncentred.chain_scores[length] < 0.5 * dense.chain_scores[length]
 
@@ -190,7 +212,6 @@ def test_the_most_frequent_word_is_named_as_often(
 ) -> None:
     print(f"of {NUM_COUNTS}: dense {dense.counts_right}, buckets {sampled.counts_right}, "
           f"signatures {signed.counts_right}")  # fmt: skip
-    assert dense.counts_right >= NUM_COUNTS - 1
     assert sampled.counts_right >= dense.counts_right
     assert signed.counts_right >= dense.counts_right
 
