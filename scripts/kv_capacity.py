@@ -33,6 +33,7 @@ from vllm_magicpig.capacity import GIB, Capacity
 from vllm_magicpig.config import DEFAULT_INDEX, INDEXES, MagicPigOptions
 from vllm_magicpig.cost_model import MODELS, ModelShape
 from vllm_magicpig.device_backend import DevicePageBackend
+from vllm_magicpig.support import block_size_multiple
 from vllm_magicpig.vllm_versions import kv_cache_planner
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
@@ -50,9 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.model not in MODELS:
             raise ValueError(f"model {args.model!r} is unknown; choose from {', '.join(MODELS)}.")
         model = MODELS[args.model].shard(args.tp)
+        options = MagicPigOptions(index=args.index)
+        multiple = block_size_multiple(options)
+        if args.block_size % multiple:
+            raise ValueError(
+                f"block size is {args.block_size}, but must be a multiple of {multiple} with "
+                f"{args.index}; choose another."
+            )
     except ValueError as error:
         sys.exit(f"kv_capacity: {error}")
-    options = MagicPigOptions(index=args.index)
     for layout in LAYOUTS:
         check_layout(model, options, args.block_size, layout)
     rows = [

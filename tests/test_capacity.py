@@ -160,6 +160,14 @@ def test_exact_attention_has_no_index() -> None:
     assert capacity.index_spare_bytes(30, 8, 0, 0, 128, 131072) == 0
 
 
+def test_host_bytes_of_signatures() -> None:
+    # Two tiles of 64 tokens x (2 bits of 128 dimensions + 2 bytes), a mean of bfloat16, two floats.
+    of_128_tokens = 128 * (2 * 128 // 8 + 2) + 2 * 128 + 8
+    found = capacity.signature_block_bytes(30, 8, 128, 2, 256)
+    assert found == 30 * 8 * 2 * (-(-of_128_tokens // 64) * 64)
+    assert capacity.signature_block_bytes(30, 8, 128, 0, 256) == 0
+
+
 # ----------------------------------------------------------------------------------------- planning
 
 
@@ -168,6 +176,11 @@ def test_pages_and_index_share_the_host_budget() -> None:
     assert (found.host_blocks, found.device_blocks, found.num_blocks) == (10, 100, 10)
     assert found.limited_by == "host memory"
     assert (found.page_bytes, found.used_host_bytes) == (700, 1000)
+
+
+def test_pages_and_signatures_share_the_host_budget() -> None:
+    found = plan(1099, 1000, index_bytes_per_block=0, signature_block_bytes=40)
+    assert (found.num_blocks, found.page_bytes, found.used_host_bytes) == (9, 630, 990)
 
 
 def test_the_spare_bytes_come_first() -> None:
@@ -329,6 +342,17 @@ def test_nothing_fits_at_all() -> None:
     assert "max-model-len to" not in text, "no length would help"
 
 
+def test_signatures_are_named_where_they_are_what_needs_memory() -> None:
+    mib = 1 << 20
+    found = capacity.plan_blocks(
+        30 * GIB, 1000 * GIB, 40 * mib, 0, mib, signature_block_bytes=20 * mib
+    )
+    text = refusal(found)
+    assert "60.1 GiB of host memory for pages and signatures (there are 30.0)" in text
+    assert "tables" not in text
+    assert "(30.0 GiB for pages and signatures)" in report(found)
+
+
 def test_exact_attention_has_no_tables_to_save() -> None:
     assert "tables" not in refusal(small(host_gib=30, index=0))
 
@@ -452,6 +476,26 @@ def test_other_blocks_than_planned_are_noticed(
         script.capacity_row(LLAMA, MagicPigOptions(), 128, 24, 4096, 1)
 
 
+def test_signatures_hold_twice_the_tokens_of_buckets(script: ModuleType) -> None:
+    """On a 24 GiB card beside 64 GiB of host memory."""
+    tokens = {
+        index: script.capacity_row(LLAMA, MagicPigOptions(index=index), 128, 24, 64, 1).tokens
+        for index in ("buckets", "signatures")
+    }
+    assert tokens["signatures"] >= 300_000
+    assert tokens["signatures"] > 2 * tokens["buckets"]
+
+
+@pytest.mark.parametrize(
+    ("index", "words"), [("buckets", "in the index; "), ("signatures", "in signatures.")]
+)
+def test_the_heading_says_what_lies_beside_the_pages(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], index: str, words: str
+) -> None:
+    script.main(["--index", index, "--cards", "24", "--host-memory", "64"])
+    assert words in capsys.readouterr().out
+
+
 def test_the_table(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     script.main([])
     lines = capsys.readouterr().out.splitlines()
@@ -467,6 +511,10 @@ def test_the_table(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> No
     ("arguments", "sentence"),
     [
         (["--model", "gpt-2"], "model 'gpt-2' is unknown; choose from llama-3.1-8b, "),
+        (
+            ["--index", "signatures", "--block-size", "192"],
+            "block size is 192, but must be a multiple of 128 with signatures; choose another.",
+        ),
         (["--tp", "5"], "tensor parallel size is 5, but must divide the 32 query heads"),
     ],
 )

@@ -306,3 +306,25 @@ def test_a_layer_without_signatures_has_nothing_to_encode(driver: FakeDriver) ->
         layer.launch_encode(streamed.main, step)
     with pytest.raises(ValueError, match="no rule"):
         streamed.layer.set_center(np.zeros((2, 64), np.float32))
+
+
+def test_bad_input_is_named(driver: FakeDriver) -> None:
+    streamed = Streamed(driver, paged(300))
+    signatures, rule = streamed.signatures, streamed.twin.rule(BUDGET)
+    good = _C.DecodeExchange(
+        streamed.query, streamed.key, streamed.value, None, None, np.zeros_like(streamed.out)
+    )
+    key, value = streamed.key[:, :1].copy(), streamed.value[:, :1].copy()
+    one_head = _C.DecodeExchange(
+        streamed.query, key, value, None, None, np.zeros_like(streamed.out)
+    )
+    settings = {"scale": 1.0, "exact_below": 1, "isa": _C.Isa.portable, "pool": pool()}
+    for exchange, change, words in (
+        (good, {"scale": float("nan")}, "scale is nan"),
+        (good, {"exact_below": -1}, "exact_below is -1"),
+        (one_head, {}, "exchange has 1 kv heads of size 64, but the pages have 2 of 64"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            _C.StreamLayer.of_signatures(
+                signatures, rule, exchange, streamed.callbacks, **{**settings, **change}
+            )
