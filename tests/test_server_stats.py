@@ -106,6 +106,30 @@ def test_every_rank_is_shown(server: Server, capsys: pytest.CaptureFixture[str])
     assert "1.0 MiB in 2 segments (3 built, 0 reused, 1 refused" in first
 
 
+def test_signatures_have_an_error_bar_and_no_segments(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layer = LayerStats(decode_steps=16, layer_index=5, error_bars=8, error_bar_sum=1.0)
+    stats = summarise(
+        [layer],
+        [PageUse(4096, 3 << 20, 1 << 20)],
+        dense_layers=2,
+        key_centers=0,
+        threads=4,
+        isa="avx2",
+        index="signatures",
+    )
+    StatsFile("abcde", 0, 0).write(stats.to_dict())
+    server.text = metrics()
+    assert "magicpig_segments" not in server.text
+    assert main(["stats", server.url]) == 0
+    shown = capsys.readouterr().out
+    assert "error bar     0.125 on average, 0.125 in layer 5" in shown
+    assert "signatures    1.0 MiB" in shown
+    assert "per kv head, for its whole group, and token" in shown
+    assert "segments" not in shown
+
+
 def test_a_server_that_was_asked_nothing_yet(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:

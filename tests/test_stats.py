@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_magicpig.stats import LayerStats, PageUse, percentiles, summarise
+from vllm_magicpig.stats import (
+    HIGH_ERROR_BAR,
+    LEAST_ERROR_BARS,
+    LayerStats,
+    PageUse,
+    percentiles,
+    summarise,
+)
 
 
 def test_layers_are_added_up() -> None:
@@ -37,6 +44,35 @@ def test_layers_are_added_up() -> None:
     assert "2.00 % of the middle" in summary.line()
     assert "3.0 MiB idle" in summary.line()
     assert "2 refused for lack of room" in summary.line()
+
+
+def with_bars(layer_index: int, mean: float, count: int = LEAST_ERROR_BARS) -> LayerStats:
+    return LayerStats(layer_index=layer_index, error_bars=count, error_bar_sum=mean * count)
+
+
+def test_signatures_speak_of_groups_and_error_bars() -> None:
+    summary = summarise(
+        [with_bars(3, 0.1), LayerStats(layer_index=4), with_bars(7, 0.4)],
+        [PageUse(7, 70, 2 << 20)] * 3,
+        dense_layers=1,
+        key_centers=0,
+        threads=4,
+        isa="avx2",
+        index="signatures",
+    )
+    assert summary.error_bars == 2 * LEAST_ERROR_BARS
+    assert (summary.error_bar, summary.worst_layer_error_bar) == pytest.approx((0.25, 0.4))
+    line = summary.line()
+    assert "signatures 6.0 MiB; sampled rows per kv head, for its whole group" in line
+    assert "error bar 0.250 on average, 0.400 in layer 7" in line
+    assert "segments" not in line
+
+
+def test_a_layer_errs_much_once_it_was_measured_often() -> None:
+    assert with_bars(3, HIGH_ERROR_BAR + 0.01).errs_much
+    assert not with_bars(3, HIGH_ERROR_BAR).errs_much
+    assert not with_bars(3, 1.0, LEAST_ERROR_BARS - 1).errs_much
+    assert not LayerStats().errs_much
 
 
 def test_nothing_served_yet() -> None:

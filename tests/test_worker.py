@@ -19,8 +19,9 @@ from vllm_magicpig.cpus import kernel_cpus
 from vllm_magicpig.host_layer import HostLayer
 from vllm_magicpig.key_center import KeyCenter
 from vllm_magicpig.published_stats import read_ranks
+from vllm_magicpig.stats import HIGH_ERROR_BAR, LayerStats
 from vllm_magicpig.step import Chunk, Step
-from vllm_magicpig.worker import PUBLISH_INTERVAL_S, MagicPigWorker
+from vllm_magicpig.worker import LOG_INTERVAL_S, PUBLISH_INTERVAL_S, MagicPigWorker
 
 CPUS = sorted(os.sched_getaffinity(0))
 INSTANCE = "abcde"
@@ -266,3 +267,31 @@ def test_options_under_which_nothing_can_be_sampled_are_warned_of(
     worker.initialize_from_config(None)
     worker.shutdown()
     assert [("max_model_len = 4096" in text) for text in said] == [True] * warned
+
+
+def test_a_layer_that_errs_much_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, said = 100.0, []
+    monkeypatch.setattr("vllm_magicpig.worker.time.monotonic", lambda: now)
+    monkeypatch.setattr(
+        "vllm_magicpig.worker.logger.warning", lambda text, *values: said.append(text % values)
+    )
+    worker = Worker({"K": 0})
+    worker.initialize_from_config(None)
+    for index, mean in ((3, HIGH_ERROR_BAR), (5, HIGH_ERROR_BAR + 0.1)):
+        impl = MagicPigImpl.__new__(MagicPigImpl)
+        impl.layer_index, impl.sampled, impl.center = index, None, None
+        stats = LayerStats(
+            layer_index=index, decode_steps=1, error_bars=4096, error_bar_sum=4096 * mean
+        )
+        monkeypatch.setattr(impl, "stats", lambda stats=stats: stats)
+        layers = worker.vllm_config.compilation_config.static_forward_context
+        layers[str(index)] = SimpleNamespace(impl=impl)
+    for steps in (1, 2):
+        now += LOG_INTERVAL_S
+        for layer in layers.values():
+            layer.impl.stats().decode_steps = steps
+        worker.execute_model(STEP)
+    worker.shutdown()
+    (sentence,) = said
+    assert "the outputs of layer 5 are expected to err by 0.60 of their size" in sentence
+    assert "dense_layers" in sentence

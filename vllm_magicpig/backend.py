@@ -283,6 +283,7 @@ class MagicPigImpl(AttentionImpl[Any]):
             return LayerStats()
         stats = self.sampled.stats()
         stats.segments_reused = self._segments_reused
+        stats.layer_index = self.layer_index
         return stats
 
     def page_use(self) -> PageUse:

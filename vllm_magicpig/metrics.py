@@ -29,6 +29,8 @@ class Figure:
     name: str
     kind: type[CounterMetricFamily] | type[GaugeMetricFamily]
     meaning: str
+    index: str = ""
+    """Whose layers alone have it: "buckets", "signatures"; empty: either's."""
 
     def value(self, stats: Any) -> float:
         """stats: MagicPigStats as a dict. A stage's time is kept there per step, in microseconds."""
@@ -41,20 +43,39 @@ class Figure:
 FIGURES = (
     Figure("sampled_layers", GaugeMetricFamily, "Layers with magicpig."),
     Figure("dense_layers", GaugeMetricFamily, "Layers with the platform's own attention."),
-    Figure("key_centers", GaugeMetricFamily, "Layers that hash keys around a centre."),
+    Figure("key_centers", GaugeMetricFamily, "Layers that hash keys around a centre.", "buckets"),
     Figure("threads", GaugeMetricFamily, "Threads of the decode kernel."),
     Figure("page_tokens", GaugeMetricFamily, "Tokens in host pages."),
     Figure("page_bytes", GaugeMetricFamily, "Bytes of host pages in use, all layers."),
-    Figure("index_bytes", GaugeMetricFamily, "Bytes of the index, all layers."),
+    Figure("index_bytes", GaugeMetricFamily, "Bytes of the index or of signatures, all layers."),
     Figure(
         "idle_index_bytes",
         GaugeMetricFamily,
         "Bytes that dropped segments left for the next ones; at most four of the largest.",
+        "buckets",
     ),
-    Figure("segments", GaugeMetricFamily, "Index segments held."),
-    Figure("segments_built", CounterMetricFamily, "Index segments built."),
-    Figure("segments_reused", CounterMetricFamily, "Index segments found for a cached prefix."),
-    Figure("builds_refused", CounterMetricFamily, "Segments not built for lack of room."),
+    Figure("segments", GaugeMetricFamily, "Index segments held.", "buckets"),
+    Figure("segments_built", CounterMetricFamily, "Index segments built.", "buckets"),
+    Figure(
+        "segments_reused",
+        CounterMetricFamily,
+        "Index segments found for a cached prefix.",
+        "buckets",
+    ),
+    Figure(
+        "builds_refused", CounterMetricFamily, "Segments not built for lack of room.", "buckets"
+    ),
+    Figure("error_bars", CounterMetricFamily, "Query heads with an error bar.", "signatures"),
+    Figure(
+        "error_bar",
+        GaugeMetricFamily,
+        "Mean expected relative error of a head's output, since start.",
+        "signatures",
+    ),
+    Figure("worst_layer", GaugeMetricFamily, "Layer of the largest mean error bar.", "signatures"),
+    Figure(
+        "worst_layer_error_bar", GaugeMetricFamily, "The error bar of this layer.", "signatures"
+    ),
     Figure("decode_steps", CounterMetricFamily, "Decode steps of a sampled layer."),
     Figure("sampled_heads", CounterMetricFamily, "Query heads sampled, over layers and steps."),
     Figure("exact_heads", CounterMetricFamily, "Query heads attended exactly."),
@@ -87,8 +108,11 @@ class MagicPigCollector:
 
 def families(ranks: list[RankStats]) -> Iterator[Metric]:
     for figure in FIGURES:
+        having = [each for each in ranks if figure.index in ("", each.stats["index"])]
+        if not having:
+            continue
         family = figure.kind(PREFIX + figure.name, figure.meaning, labels=LABELS)
-        for each in ranks:
+        for each in having:
             family.add_metric([str(each.engine), str(each.rank)], figure.value(each.stats))
         yield family
 

@@ -145,13 +145,29 @@ def _rank_lines(samples: Samples, place: tuple[str, str]) -> list[str]:
         if figure(f"{stage}_seconds_total")
     ]
     whole = f"{1e6 * figure('decode_seconds_total') / max(steps, 1):.0f} us in all"
-    refused = figure("builds_refused_total")
+    has_signatures = place in samples.get(f"{PREFIX}error_bars_total", {})
+    if has_signatures:
+        kind, head = "signatures", "kv head, for its whole group,"
+        index = [
+            f"  error bar     {figure('error_bar'):.3f} on average, "
+            f"{figure('worst_layer_error_bar'):.3f} in layer {figure('worst_layer'):.0f} (expected "
+            f"relative error of a head's output; of {figure('error_bars_total'):.0f})",
+            f"  signatures    {figure('index_bytes') / 2**20:.1f} MiB",
+        ]
+    else:
+        kind, head = f"{figure('key_centers'):.0f} key centres", "query head"
+        index = [
+            f"  index memory  {figure('index_bytes') / 2**20:.1f} MiB in {figure('segments'):.0f} "
+            f"segments ({figure('segments_built_total'):.0f} built, "
+            f"{figure('segments_reused_total'):.0f} reused, {figure('builds_refused_total'):.0f} "
+            f"refused for lack of room), {figure('idle_index_bytes') / 2**20:.1f} MiB idle",
+        ]
     return [
         f"  layers        {figure('sampled_layers'):.0f} with magicpig "
-        f"({figure('key_centers'):.0f} key centres), {figure('dense_layers'):.0f} dense; "
+        f"({kind}), {figure('dense_layers'):.0f} dense; "
         f"{figure('threads'):.0f} threads",
         f"  sampled       {100 * fraction:.2f} % of the middle",
-        f"  rows          {rows / max(heads, 1):.0f} per query head and token, recent median "
+        f"  rows          {rows / max(heads, 1):.0f} per {head} and token, recent median "
         f"{figure('sampled_rows_p50'):.0f}, p99 {figure('sampled_rows_p99'):.0f}; "
         f"{figure('exact_heads_total') / max(heads + figure('exact_heads_total'), 1):.0%} of the "
         "heads attended exactly (short contexts)",
@@ -159,8 +175,5 @@ def _rank_lines(samples: Samples, place: tuple[str, str]) -> list[str]:
         "(lookup and attend summed over threads)",
         f"  host memory   {figure('page_bytes') / 2**20:.1f} MiB of pages for "
         f"{figure('page_tokens'):.0f} tokens",
-        f"  index memory  {figure('index_bytes') / 2**20:.1f} MiB in {figure('segments'):.0f} "
-        f"segments ({figure('segments_built_total'):.0f} built, "
-        f"{figure('segments_reused_total'):.0f} reused, {refused:.0f} refused for lack of room), "
-        f"{figure('idle_index_bytes') / 2**20:.1f} MiB idle",
+        *index,
     ]

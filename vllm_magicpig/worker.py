@@ -16,7 +16,7 @@ from vllm_magicpig.config import MagicPigOptions, parse_options
 from vllm_magicpig.key_center import save_centers
 from vllm_magicpig.layer_selection import select_layers
 from vllm_magicpig.published_stats import StatsFile
-from vllm_magicpig.stats import MagicPigStats, summarise
+from vllm_magicpig.stats import HIGH_ERROR_BAR, MagicPigStats, summarise
 
 # vLLM configures its own loggers only, by this prefix.
 logger = init_logger("vllm.magicpig.worker")
@@ -53,6 +53,7 @@ class MagicPigWorker:
             self._builder = _C.SegmentBuilder(self._builder_cpus(), self._pool)
         self._bind_layers(kv_cache_config)
         self._logged_at, self._logged_steps = time.monotonic(), 0
+        self._warned_layers: set[int] = set()
         self._stats_file = self._make_stats_file()
         self._publish()
         logger.info(
@@ -105,6 +106,7 @@ class MagicPigWorker:
             if stats.decode_steps != self._logged_steps:
                 self._logged_steps = stats.decode_steps
                 logger.info("magicpig: %s", stats.line())
+                self._warn_of_errors()
         return result
 
     def shutdown(self) -> None:
@@ -156,6 +158,21 @@ class MagicPigWorker:
                 self._options.window_tokens,
                 self._options.exact_below,
             )
+
+    def _warn_of_errors(self) -> None:
+        """Of each layer once, after steps enough."""
+        for _, impl in self._sampled_layers():
+            stats = impl.stats()
+            if stats.errs_much and impl.layer_index not in self._warned_layers:
+                self._warned_layers.add(impl.layer_index)
+                logger.warning(
+                    "magicpig: the outputs of layer %d are expected to err by %.2f of their size on "
+                    "average, which is above %.1f; raise row_budget or bits, or name the layer in "
+                    "dense_layers.",
+                    impl.layer_index,
+                    stats.error_bar,
+                    HIGH_ERROR_BAR,
+                )
 
     def _sampled_backend(self) -> type[Any]:
         """The backend class that shapes the sampled layers' KV cache spec."""
@@ -251,6 +268,7 @@ class MagicPigWorker:
             key_centers=sum(impl.is_centred for impl in impls),
             threads=self._pool.num_threads,
             isa=self._isa.name,
+            index=self._options.index,
             idle_index_bytes=_C.idle_segment_bytes(),
         )
 
