@@ -325,6 +325,8 @@ ARGUMENTS: dict[str, Callable[[Case], Any]] = {
     "SignaturePool.lists.rule": made("SignatureRule"),
     "SignaturePool.lists.query": in_either_dtype("num_reqs", "num_q_heads", "head_size"),
     "DecodeLayer.of_signatures.rule": made("SignatureRule"),
+    "StreamLayer.of_signatures.rule": made("SignatureRule"),
+    "StreamLayer.launch_encode.self": lambda case: make(case, "StreamLayer.of_signatures"),
     "signatures": made("SignaturePool"),
     "SignatureRule.row_budget": lambda case: case.rng.choice([1e-9, 0.01, 0.3, 1.0]),
     "SignatureRule.seed": lambda case: case.rng.getrandbits(63),
