@@ -224,9 +224,9 @@ class Transformers:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device).eval()
         self._is_sparse, self._stop_ids = protocol == "sparse", set(stop_ids)
-        settings = MethodSettings(
-            name=method, rows=rows, options=parse_options({"magicpig": dict(options)}), seed=seed
-        )
+        parsed = parse_options({"magicpig": dict(options)})
+        name = "signatures" if method == "magicpig" and parsed.has_signatures else method
+        settings = MethodSettings(name=name, rows=rows, options=parsed, seed=seed, bits=parsed.bits)
         self._open = ExitStack()
         self._run = self._open.enter_context(use_method(self._model, settings))
         # Before all prompts, as in the engine: it fixes magicpig's key centres.

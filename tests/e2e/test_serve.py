@@ -60,7 +60,8 @@ def processes_of_their_own() -> Any:
 def served(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
     folder = tmp_path_factory.mktemp("served")
     centers = folder / "centers.safetensors"
-    with VllmServer(model, "MAGICPIG", *ARGUMENTS, log_path=folder / "serve.log") as server:
+    options, log = {"index": "buckets"}, folder / "serve.log"  # which have centres to save
+    with VllmServer(model, "MAGICPIG", *ARGUMENTS, options=options, log_path=log) as server:
         processes = _group_members(server.process_group)
         said = server.complete(QUESTION.prompt, 6).text.split()
         stats = server.stats()
