@@ -83,20 +83,23 @@ void CountedChances::add(const int16_t* asked, uint64_t places) {
   for (; places != 0; places &= places - 1) values_[size_++] = asked[__builtin_ctzll(places)];
 }
 
+/// Probes by powers of two before the interval is halved.
+constexpr int kPowerTries = 8;
+
 int CountedChances::solve(double rows, int m, int floor) const {
   const NoiseTable& noise = NoiseTable::instance();
   const int64_t most = static_cast<int64_t>(rows / m * static_cast<double>(size_) * kNoiseEntries);
   const auto [least_value, most_value] =
       std::minmax_element(values_.begin(), values_.begin() + static_cast<ptrdiff_t>(size_));
   const int lowest = *least_value, range = *most_value - lowest + 1;
-  histogram_.assign(static_cast<size_t>(range) + 1, 0);
-  for (size_t i = 0; i < size_; ++i) ++histogram_[static_cast<size_t>(values_[i] - lowest)];
-  // How many are at least lowest + i, in the place of how many are just that.
-  for (int i = range - 1; i >= 0; --i)
-    histogram_[static_cast<size_t>(i)] += histogram_[static_cast<size_t>(i) + 1];
+  counts_.assign(static_cast<size_t>(range), 0);
+  for (size_t i = 0; i < size_; ++i) ++counts_[static_cast<size_t>(values_[i] - lowest)];
+  at_least_.assign(static_cast<size_t>(range) + 1, 0);  // how many are lowest + i or more
+  for (size_t i = static_cast<size_t>(range); i-- > 0;)
+    at_least_[i] = at_least_[i + 1] + counts_[i];
   const auto at_least = [&](int value) {
     return static_cast<int64_t>(
-        histogram_[static_cast<size_t>(std::clamp(value - lowest, 0, range))]);
+        at_least_[static_cast<size_t>(std::clamp(value - lowest, 0, range))]);
   };
   const auto total = [&](int log_c) {
     // M is above 0 from `all` on, and at the floor below `first`.
@@ -105,13 +108,21 @@ int CountedChances::solve(double rows, int m, int floor) const {
     sum += (static_cast<int64_t>(size_) - at_least(first)) * noise.chances(floor);
     const int end = std::min(all, lowest + range);
     for (int value = std::max(first, lowest); value < end; ++value)
-      sum += (at_least(value) - at_least(value + 1)) * noise.chances(value + log_c);
+      sum += static_cast<int64_t>(counts_[static_cast<size_t>(value - lowest)]) *
+             noise.chances(value + log_c);
     return sum;
   };
-  int low = -65536, high = 65536;
-  while (high - low > 1) {
-    const int log_c = low + (high - low) / 2;
-    (total(log_c) <= most ? low : high) = log_c;
+  // The sum grows with log C, nearly as a power of two does: a probe there halves the interval or
+  // does better.
+  int low = -65536, high = 65536, probe = -*most_value;
+  for (int tries = 0; high - low > 1; ++tries) {
+    const int log_c = std::clamp(probe, low + 1, high - 1);
+    const int64_t sum = total(log_c);
+    (sum <= most ? low : high) = log_c;
+    const bool by_power = tries < kPowerTries && sum > 0 && most > 0;
+    const double units =
+        by_power ? 128 * std::log2(static_cast<double>(most) / static_cast<double>(sum)) : 0.0;
+    probe = by_power ? log_c + static_cast<int>(std::lround(units)) : low + (high - low) / 2;
   }
   return low;
 }

@@ -173,7 +173,7 @@ class CountedChances {
  private:
   std::vector<int16_t> values_;
   size_t size_ = 0;
-  mutable std::vector<int32_t> histogram_;
+  mutable std::vector<int32_t> counts_, at_least_;  // of each value; of it and more
 };
 
 /// A token of the list.
