@@ -263,12 +263,14 @@ inline void scan_of(const SignatureScan& scan) {
   for (int b = 0; b < scan.num_blocks; ++b) {
     const SignatureScale* scales = scan.scales + static_cast<size_t>(b) * scan.num_heads;
     // Blocks lie anywhere: the hardware does not see the next one coming.
-    if (b + 1 < scan.num_blocks) prefetch_lines(scan.blocks[b + 1], 2 * tile_bytes);
-    for (int tile = 0; tile < 2; ++tile, asked += kSignatureTile)
+    const uint8_t* const next = scan.blocks[b + 1 < scan.num_blocks ? b + 1 : b];
+    for (int tile = 0; tile < 2; ++tile, asked += kSignatureTile) {
+      prefetch_lines(next + tile * tile_bytes, tile_bytes);
       for_heads(scan.num_heads, [&](auto heads, int head) {
         scan_tile<kBits, decltype(heads)::kCount>(scan, head, scan.blocks[b] + tile * tile_bytes,
                                                   scales, asked);
       });
+    }
   }
 }
 
