@@ -10,7 +10,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 help:
 	@echo "make demo        set up, build the built-in model, serve it with magicpig, ask it questions"
 	@echo "make demo MODEL=name-or-path   the same with any Hugging Face model"
-	@echo "make test        set up, run every test (about 13 minutes on two cores)"
+	@echo "make test        set up, run every test (about 22 minutes on two cores)"
 	@echo "make test-fast   without the tests that start a vLLM engine"
 	@echo "make bench       speed and accuracy on this CPU, about half an hour; BENCH_ARGS=--quick takes 4 minutes"
 	@echo "make ruler       RULER's tasks on the built-in model; MODEL=name-or-path RULER_ARGS=\"--lengths 32768\""

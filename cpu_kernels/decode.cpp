@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 
+#include "divide_up.h"
 #include "elements.h"
 #include "sampler.h"
 #include "timing.h"
@@ -27,8 +28,6 @@ constexpr int kErrorBarSteps = 16;
 
 /// Parts begin at multiples of this.
 constexpr int kPartAlignment = kSignatureBlock;
-
-int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 /// What one request needs: its static rows (sink and window, or everything where exact), then its
 /// middle in parts of so many tokens.
@@ -117,6 +116,11 @@ std::unique_ptr<Sampler> make_sampler(const DecodeInput& input, Isa isa) {
   return nullptr;
 }
 
+/// Where a request's query and output are.
+ptrdiff_t token_of(const DecodeInput& input, size_t request) {
+  return input.tokens == nullptr ? static_cast<ptrdiff_t>(request) : input.tokens[request];
+}
+
 class Step {
  public:
   Step(const Pages& pages, const Requests& requests, const DecodeInput& input, Isa isa,
@@ -141,7 +145,9 @@ class Step {
         for (int part = 0; part < plans_.back().num_parts(); ++part)
           tasks_.push_back({r, head, part});
     }
-    read_queries();
+    float* const queries = workspace.arena.take<float>(view_.num_queries() * head_size_);
+    read_queries(pages, requests, input, queries);
+    view_.queries = queries;
     partials_ = workspace.arena.take<Partial>(num_parts * group_);
     acc_ = workspace.arena.take<float>(num_parts * group_ * head_size_);
     if (input.signatures != nullptr) {
@@ -193,22 +199,6 @@ class Step {
     const int parts = plans_[task.request].num_parts();
     return (first_part_[task.request] + static_cast<size_t>(task.kv_head * parts + task.part)) *
            group_;
-  }
-
-  /// Where a request's query and output are.
-  ptrdiff_t token_of(size_t request) const {
-    return input_.tokens == nullptr ? static_cast<ptrdiff_t>(request) : input_.tokens[request];
-  }
-
-  void read_queries() {
-    const size_t heads = static_cast<size_t>(input_.num_q_heads);
-    float* const queries = workspace_.arena.take<float>(plans_.size() * heads * head_size_);
-    for (size_t i = 0; i < plans_.size() * heads; ++i)
-      to_float(input_.query_type,
-               input_.query.bytes + token_of(i / heads) * input_.query.token_stride +
-                   static_cast<ptrdiff_t>(i % heads) * input_.query.head_stride,
-               head_size_, queries + i * head_size_);
-    view_.queries = queries;
   }
 
   void run_task(const Task& task, int thread) {
@@ -266,7 +256,7 @@ class Step {
     const size_t first = partial_index({request, kv_head, 0});
     alignas(64) float out[kMaxHeadSize];
     uint8_t* const token =
-        output_.out + token_of(static_cast<size_t>(request)) * output_.token_stride;
+        output_.out + token_of(input_, static_cast<size_t>(request)) * output_.token_stride;
     for (size_t head = 0; head < group_; ++head) {
       const size_t query_head = first_query_head(request, kv_head) + head;
       float max = kNoMax;
@@ -355,6 +345,17 @@ class Step {
 };
 
 }  // namespace
+
+void read_queries(const Pages& pages, const Requests& requests, const DecodeInput& input,
+                  float* to) {
+  const size_t heads = static_cast<size_t>(input.num_q_heads);
+  const size_t head_size = static_cast<size_t>(pages.layout().head_size);
+  for (size_t i = 0; i < static_cast<size_t>(requests.size) * heads; ++i)
+    to_float(input.query_type,
+             input.query.bytes + token_of(input, i / heads) * input.query.token_stride +
+                 static_cast<ptrdiff_t>(i % heads) * input.query.head_stride,
+             head_size, to + i * head_size);
+}
 
 void decode_attention(const Pages& pages, const Requests& requests, const DecodeInput& input,
                       DecodeOutput& output, Isa isa, ThreadPool& pool) {

@@ -5,6 +5,7 @@
 #include <climits>
 #include <cstring>
 
+#include "divide_up.h"
 #include "split_mix.h"
 #include "timing.h"
 
@@ -16,7 +17,6 @@ constexpr int kTokensByCode = 4096;
 /// A lookup in segments is cut by query heads until each thread has this many tasks.
 constexpr size_t kTasksPerThread = 3;
 
-int divide_up(int a, int b) { return (a + b - 1) / b; }
 int tile_floor(int token) { return token / kTileTokens * kTileTokens; }
 
 }  // namespace

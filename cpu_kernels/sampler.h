@@ -61,6 +61,10 @@ class Sampler {
   virtual void report(DecodeOutput& output) const = 0;
 };
 
+/// The batch's queries as floats: to [num_reqs][num_q_heads][head_size].
+void read_queries(const Pages& pages, const Requests& requests, const DecodeInput& input,
+                  float* to);
+
 /// Of the calling thread's workspace. exact_below and queries are the step's concern.
 std::unique_ptr<Sampler> make_bucket_sampler(const DecodeInput& input, Isa isa);
 std::unique_ptr<Sampler> make_signature_sampler(const DecodeInput& input, Isa isa);

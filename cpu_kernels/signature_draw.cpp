@@ -68,12 +68,12 @@ const NoiseTable& NoiseTable::instance() {
 
 int NoiseTable::floor_of(double phi) const {
   const double asked = std::max(1.0, std::nearbyint(phi * kNoiseEntries));
-  int reached = 0, least = -1;
-  for (uint32_t above : above_) {
-    reached += above > asked;
-    least += above > 0;
-  }
-  return -std::min(reached, least);
+  const auto above_more_than = [&](double count) {  // the counts fall
+    return static_cast<int>(std::partition_point(above_.begin(), above_.end(),
+                                                 [&](uint32_t above) { return above > count; }) -
+                            above_.begin());
+  };
+  return -std::min(above_more_than(asked), above_more_than(0.0) - 1);
 }
 
 // ----------------------------------------------------------------------------------------- scale

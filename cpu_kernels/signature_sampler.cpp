@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "divide_up.h"
 #include "elements.h"
 #include "sampler.h"
 #include "timing.h"
@@ -25,11 +26,8 @@ constexpr double kFloorShare = 0.1;
 
 constexpr int kLeastSampledTiles = 16;
 constexpr int kSampledPart = 32;
-constexpr int kLeastPower = -126 * 128;
 /// What powers that are linear between powers of two exceed, on average.
 constexpr double kLinearExcess = 1 / (2 * 0.6931471805599453 * 0.6931471805599453);
-
-int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 int16_t saturated(int x) { return static_cast<int16_t>(std::clamp(x, -32768, 32767)); }
 
@@ -73,7 +71,6 @@ struct Group {
   int floor;
 
   int first_token() const { return first_block * kSignatureBlock; }
-  int num_tiles() const { return 2 * num_blocks; }
   /// Bits of the places whose tokens lie in `range`, of a tile.
   uint64_t places(int tile, TokenRange range) const {
     const int first = first_token() + tile * kSignatureTile;
@@ -103,7 +100,8 @@ struct alignas(128) Scratch {
   std::vector<const uint8_t*> rows;
   std::vector<int32_t> products;        // of static keys
   std::vector<int32_t> means;           // likewise of the blocks' means
-  std::vector<int16_t> scores;          // of the sampled tiles
+  std::vector<int> sampled;             // the sampled tiles, no more
+  std::vector<int16_t> scores;          // of these
   std::vector<int16_t> powers;          // what a head adds up
   std::vector<float> units, shrinkage;  // of the tables
   std::vector<int> log_normaliser;
@@ -282,6 +280,7 @@ class SignatureSampler final : public Sampler {
                               group.entries, s.units.data());
     products_of_static_keys(group, s);
     products_of_means(group, s);
+    choose_tiles(group, s);
     score_sampled_tiles(group, s);
     shrink(group, s);
     normalise(group, s);
@@ -334,34 +333,36 @@ class SignatureSampler final : public Sampler {
     scale.exponent = static_cast<int16_t>(exponent);
   }
 
-  /// Tiles at equal distances, of those that the middle lies in.
-  int num_sampled(const Group& group) const {
-    const int all = last_tile(group) - first_tile(group);
-    return std::min(std::max(kLeastSampledTiles, all / kSampledPart), all);
-  }
   int first_tile(const Group& group) const {
     return group.middle.begin / kSignatureTile - 2 * group.first_block;
   }
   int last_tile(const Group& group) const {  // the one behind it
     return divide_up(group.middle.end, kSignatureTile) - 2 * group.first_block;
   }
-  int sampled_tile(const Group& group, int i) const {
+
+  /// s.sampled: tiles at equal distances, of those that the middle lies in.
+  void choose_tiles(const Group& group, Scratch& s) const {
+    const int all = last_tile(group) - first_tile(group);
+    const int k = std::min(std::max(kLeastSampledTiles, all / kSampledPart), all);
     const uint64_t r = rule_.step_word(group.kv_head, group.num_tokens, 0) & 0xffffffffu;
-    const uint64_t all = static_cast<uint64_t>(last_tile(group) - first_tile(group));
-    const uint64_t k = static_cast<uint64_t>(num_sampled(group));
-    return first_tile(group) +
-           static_cast<int>(((static_cast<uint64_t>(i) << 32) + r) * all / k >> 32);
+    s.sampled.clear();
+    for (int i = 0; i < k; ++i) {
+      const uint64_t place = (static_cast<uint64_t>(i) << 32) + r;
+      s.sampled.push_back(
+          first_tile(group) +
+          static_cast<int>(place * static_cast<uint64_t>(all) / static_cast<uint64_t>(k) >> 32));
+    }
   }
 
   /// s.scores: [sampled tile][g][64], without offsets and unshrunk.
   void score_sampled_tiles(const Group& group, Scratch& s) {
     const size_t heads = step_->group();
-    const int k = num_sampled(group);
-    at_least(s.scores, static_cast<size_t>(k) * heads * kSignatureTile);
+    const int k = static_cast<int>(s.sampled.size());
+    at_least(s.scores, s.sampled.size() * heads * kSignatureTile);
     std::vector<SignatureScale>& scales = s.scales;
     at_least(scales, heads);
     for (int i = 0; i < k; ++i) {
-      const int tile = sampled_tile(group, i);
+      const int tile = s.sampled[static_cast<size_t>(i)];
       const uint8_t* block = group.blocks[tile / 2];
       for (size_t h = 0; h < heads; ++h) set_multiplier(block, s.units[h], scales[h]);
       kernels_.signature_scores(layout_, group.entries, static_cast<int>(heads),
@@ -381,7 +382,7 @@ class SignatureSampler final : public Sampler {
       error = b == 0 ? of_block : error + of_block;
     }
     error = error / static_cast<float>(group.num_blocks * kSignatureBlock);
-    const int k = num_sampled(group);
+    const int k = static_cast<int>(s.sampled.size());
     at_least(s.shrinkage, heads);
     clear_outside(group, s);
     for (size_t h = 0; h < heads; ++h) {
@@ -397,8 +398,8 @@ class SignatureSampler final : public Sampler {
   /// Counts the sampled tokens of the middle; scores of others are 0 from here on.
   void clear_outside(const Group& group, Scratch& s) const {
     s.num_inside = 0;
-    for (int i = 0; i < num_sampled(group); ++i) {
-      const uint64_t inside = group.places(sampled_tile(group, i), group.middle);
+    for (int i = 0; i < static_cast<int>(s.sampled.size()); ++i) {
+      const uint64_t inside = group.places(s.sampled[static_cast<size_t>(i)], group.middle);
       s.num_inside += __builtin_popcountll(inside);
       for (uint64_t outside = ~inside; outside != 0; outside &= outside - 1)
         for (size_t h = 0; h < step_->group(); ++h)
@@ -421,7 +422,7 @@ class SignatureSampler final : public Sampler {
   /// log of the whole softmax's sum, of every head: static keys and the sampled tokens, which stand
   /// for all of the middle.
   void normalise(const Group& group, Scratch& s) {
-    const int k = num_sampled(group), size = num_static(group);
+    const int k = static_cast<int>(s.sampled.size()), size = num_static(group);
     const float stands_for = static_cast<float>(static_cast<double>(group.middle.size()) /
                                                 static_cast<double>(s.num_inside));
     at_least(s.log_normaliser, step_->group());
@@ -430,13 +431,13 @@ class SignatureSampler final : public Sampler {
       const int static_top = *std::max_element(products, products + size);
       int reference = static_top;
       for (int i = 0; i < k; ++i)
-        reference = std::max(reference, base(group, s, sampled_tile(group, i) / 2, h));
+        reference = std::max(reference, base(group, s, s.sampled[static_cast<size_t>(i)] / 2, h));
       const int multiplier =
           std::min(static_cast<int>(std::nearbyint(s.shrinkage[h] * 32768.0f)), 32767);
       at_least(s.powers, static_cast<size_t>(k) * kSignatureTile);
       int top = -32768;
       for (int i = 0; i < k; ++i) {
-        const int tile = sampled_tile(group, i);
+        const int tile = s.sampled[static_cast<size_t>(i)];
         const int offset = saturated(base(group, s, tile / 2, h) - reference);
         int16_t* z = &s.powers[static_cast<size_t>(i) * kSignatureTile];
         int largest = kernels_.shrink_scores(tile_scores(s, i, h), multiplier, offset, z);
@@ -552,14 +553,10 @@ std::vector<std::vector<Listed>> signature_lists(const Pages& pages, const Reque
     const TokenRange middle = sampler.middle(requests.seq_lens[r]);
     middles.push_back(middle.size() >= input.exact_below ? middle : TokenRange{0, 0});
   }
-  const size_t head_size = static_cast<size_t>(pages.layout().head_size);
-  const size_t heads = static_cast<size_t>(input.num_q_heads);
-  std::vector<float> queries(static_cast<size_t>(requests.size) * heads * head_size);
-  for (size_t i = 0; i < static_cast<size_t>(requests.size) * heads; ++i)
-    to_float(input.query_type,
-             input.query.bytes + static_cast<ptrdiff_t>(i / heads) * input.query.token_stride +
-                 static_cast<ptrdiff_t>(i % heads) * input.query.head_stride,
-             head_size, &queries[i * head_size]);
+  std::vector<float> queries(static_cast<size_t>(requests.size) *
+                             static_cast<size_t>(input.num_q_heads) *
+                             static_cast<size_t>(pages.layout().head_size));
+  read_queries(pages, requests, input, queries.data());
   const StepView step = {pages, requests, middles, queries.data(), input.num_q_heads, input.scale};
   Arena arena;
   pool.run(sampler.plan(step, arena, pool));

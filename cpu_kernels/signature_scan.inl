@@ -31,7 +31,6 @@ inline void rotate_row(float* y, const float* signs, int size) {
 
 /// The largest sum of 64 |q_j| is so many units of a table.
 constexpr float kTableTop = 118.0f;
-constexpr int kLeastPower = -126 * 128;
 constexpr float kMostUnits = 1 << 23;
 
 inline int clamped(int x, int low, int high) { return x < low ? low : x > high ? high : x; }

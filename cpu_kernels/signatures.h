@@ -10,6 +10,8 @@ struct Kernels;
 
 constexpr int kSignatureTile = 64;
 constexpr float kMostFactor = 32767.0f;
+/// Powers of two stop at the least normal float: so many units of 1 / 128.
+constexpr int kLeastPower = -126 * 128;
 
 /// Where a 16-bit value of a tile's token lies: as unpacklo_epi8 and unpackhi_epi8 put it.
 inline int signature_place(int token) {

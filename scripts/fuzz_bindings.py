@@ -43,6 +43,7 @@ from argument_types import positive, positive_number, whole  # noqa: E402
 from fake_driver import FakeDriver  # noqa: E402
 
 from vllm_magicpig import _C  # noqa: E402
+from vllm_magicpig.capacity import signature_block_bytes  # noqa: E402
 
 REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, OverflowError, MemoryError)
 CALLS_PER_CASE = 6
@@ -171,11 +172,10 @@ def memory(case: Case) -> np.ndarray:
 
 
 def signature_memory(case: Case) -> np.ndarray:
-    """As signature_blocks.block_bytes has it; zeros, since wrong signatures are as good as others."""
-    size = 1 << (case.head_size - 1).bit_length()
-    tiles = 128 * (case.signature_bits * size // 8 + 2)
-    of_128_tokens = -(-(tiles + 2 * case.head_size + 8) // 64) * 64
-    num_bytes = case.num_blocks * case.num_kv_heads * (case.block_size // 128) * of_128_tokens
+    """Zeros, since wrong signatures are as good as others."""
+    num_bytes = case.num_blocks * signature_block_bytes(
+        1, case.num_kv_heads, case.head_size, case.signature_bits, case.block_size
+    )
     array = np.zeros(num_bytes + 64, np.uint8)
     start = -array.ctypes.data % 64
     return array[start : start + num_bytes]
