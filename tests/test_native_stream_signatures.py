@@ -278,6 +278,7 @@ def test_after_an_error_everything_is_encoded_anew(driver: FakeDriver) -> None:
     """Nobody knows what a failed step has written."""
     streamed = Streamed(driver, paged(1500, 1500))
     streamed.step({}, [(0, 0, 1300)])
+    driver.synchronize()  # no layer waits for its encoding, which the error could overtake
     streamed.step({0: 1300}, [(1, 0, 500)], bad=True)
     driver.synchronize()
     assert np.isnan(streamed.decoded[0][0]).all()
